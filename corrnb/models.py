@@ -41,7 +41,7 @@ def tiny_tokenizer(style: str='one_digit'  # 'one_digit', 'three_digits' or 'sen
     special = ['<pad>', '<s>', '</s>', '<unk>']
     alphabet = [f'<0x{i:02X}>' for i in range(256)] if sp else []
     tok.train_from_iterator(_tiny_corpus(), trainers.BpeTrainer(
-        vocab_size=640 if sp else 400, special_tokens=special+alphabet, show_progress=False,
+        vocab_size=640 if sp else 520, special_tokens=special+alphabet, show_progress=False,
         initial_alphabet=[] if sp else sorted(pre_tokenizers.ByteLevel.alphabet())))
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', bos_token='<s>', eos_token='</s>',
                                    unk_token='<unk>', padding_side='left')
