@@ -8,7 +8,7 @@ __all__ = ['AnswerDistribution', 'AnswerGrid', 'tree_batch', 'model_inputs', 'tr
 # %% ../nbs/07_answers.ipynb #84d5b021
 from dataclasses import dataclass
 from functools import cached_property
-import weakref
+import warnings, weakref
 import matplotlib.pyplot as plt, numpy as np, torch
 from tqdm.auto import tqdm
 from .config import content_hash
