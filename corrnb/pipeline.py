@@ -496,9 +496,8 @@ def _predict(args, given, notebooks):
     "Print the prediction for two titles"
     folder = find_run(args.model, args.runs_dir)
     from corrnb.inference import CorrelationPredictor  # loads torch
-    answer = CorrelationPredictor.from_run(folder).predict(*args.titles, explain=args.explain)
-    if args.json: return print(json.dumps(answer))
-    for name, value in answer.items(): print(f"{name:24}{f'{value:.2f}' if isinstance(value, float) else value}")
+    prediction = CorrelationPredictor.from_run(folder).predict(*args.titles, explain=args.explain)
+    print(prediction.answer.to_json() if args.json else prediction)
 
 def _parser(epilog: str = ''):
     "The whole command line"

