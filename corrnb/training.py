@@ -79,7 +79,7 @@ class TrainingRows(Dataset):
         a, b = row['contract_a_title'], row['contract_b_title']
         z_se = row.get('fisher_z_se') or 0.
         return dict(id=row['id'], prompt=make_prompt(b, a, near) if swap else make_prompt(a, b, near), value=float(row[self.target]),
-                    completion=row_completion(row, self.target), z_se=0. if np.isnan(z_se) else z_se, weight=1.)
+                    completion=row_completion(row, self.target), z_se=0. if np.isnan(z_se) else z_se, weight=1., place=i)
 
 # %% ../nbs/11_training.ipynb #dbe5dda3
 class StepSampler(Sampler):
@@ -113,7 +113,8 @@ class PairCollator:
         tok, grid = self.grid.tokenizer, self.grid
         values = torch.tensor([x['value'] for x in items])
         prompts, answers, rest = encode(tok, [x['prompt'] for x in items]), [grid.answer_ids[i] for i in grid.index(values)], None
-        batch = dict(values=values, z_se=torch.tensor([x['z_se'] for x in items]).float(), weights=torch.tensor([x['weight'] for x in items]))
+        batch = dict(values=values, z_se=torch.tensor([x['z_se'] for x in items]).float(), weights=torch.tensor([x['weight'] for x in items]),
+                     places=torch.tensor([x['place'] for x in items]))
         if self.text:
             rest = [ids + [tok.eos_token_id] for ids in encode(tok, [x['completion'] for x in items], bos=False)]
             width = max(len(a) + len(r) for a, r in zip(answers, rest))
@@ -137,7 +138,15 @@ class RegressionAugmentedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.grid, self.config = answer_grid, config
         self.model_accepts_loss_kwargs = True  # as above, for older versions of transformers
+        self._fits = []
         self._reset_parts()
+
+    @property
+    def fitted(self) -> np.ndarray:
+        "Prediction of each row when it was last trained on, (rows,); NaN for a row that was not"
+        out = np.full(len(self.train_dataset), np.nan)
+        for places, means in self._fits: out[places.cpu()] = means.float().cpu()
+        return out
 
     def _reset_parts(self): self._parts, self._since = None, time.perf_counter()
 
@@ -165,6 +174,7 @@ class RegressionAugmentedTrainer(Trainer):
         number, regression = (parts['number']*weights).sum(), (parts['regression']*weights).sum()
         loss = (number + self.config.regression_loss_weight*regression)/sizes[0] + self.config.text_loss_weight*parts['text']/sizes[1].clamp_min(1)
         self._keep(number, parts['text'], regression, (dist.log_mass.exp()*weights).sum(), inputs)
+        self._fits.append((inputs['places'][inputs['weights'] > 0], dist.mean.detach()[weights > 0]))
         loss = loss*self.args.world_size   # processes average their gradients, the sizes are of all of them
         return (loss, dist) if return_outputs else loss
 
