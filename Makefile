@@ -4,8 +4,8 @@ PY     ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 EXTRA  := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
-RUN    := $(VENV)/installed-$(EXTRA)
 DEV    := $(VENV)/installed-$(EXTRA),dev
+RUN    := $(or $(wildcard $(DEV)),$(VENV)/installed-$(EXTRA))  # with [dev] there, nothing is missing for a run
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help pipeline test readme lab clean
