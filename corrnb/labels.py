@@ -39,9 +39,10 @@ def common_changes(
     last: int | None = None,     # only the last so many common observations; None: all
 ) -> np.ndarray:                 # (n_changes, 2), in the units of the prices
     "Changes of both contracts between consecutive times at which both have a price."
-    both = np.flatnonzero(a.notna() & b.notna())
+    values = np.column_stack([a, b])
+    both = np.flatnonzero(~np.isnan(values).any(1))
     if last is not None: both = both[-last:]
-    changes = np.diff(np.column_stack([a.to_numpy()[both], b.to_numpy()[both]]), axis=0)
+    changes = np.diff(values[both], axis=0)
     if max_gap is None: return changes
     return changes[np.diff(a.index.to_numpy()[both]) <= pd.Timedelta(max_gap).to_timedelta64()]
 
