@@ -10,7 +10,6 @@ __all__ = ['SIDES', 'NOVELTY', 'clean_text', 'text_key', 'pair_key', 'PairError'
 import csv, html, re, unicodedata, warnings
 import numpy as np
 import pandas as pd
-from datasets import Dataset, DatasetDict
 from pathlib import Path
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -259,7 +258,8 @@ def limit_pairs(pairs: pd.DataFrame,     # with `split`
 
 # %% ../nbs/02_data.ipynb #72617184
 def to_datasets(pairs: pd.DataFrame   # with `split`
-               ) -> DatasetDict:      # 'train', 'val', 'test' with the same columns
+               ):                     # datasets.DatasetDict: 'train', 'val', 'test' with the same columns
     "The sides as Hugging Face datasets"
+    from datasets import Dataset, DatasetDict  # seconds to import, and only this needs it
     whole = Dataset.from_pandas(pairs, preserve_index=False)
     return DatasetDict({side: whole.select(np.flatnonzero(pairs.split == side)) for side in SIDES})

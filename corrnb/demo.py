@@ -325,9 +325,10 @@ def label_errors(
 # %% ../nbs/04_demo.ipynb #05af3098
 def write_demo(
     engine: Engine,
-) -> dict:  # rows written per table
-    "Write the embedded market (seed 0) into the tables `contracts`, `contract_prices` and `contract_correlations`, which are created where missing."
-    market = simulate_market()
+    market: Market|None=None,  # None: that of seed 0
+) -> dict:                     # rows written per table
+    "Write a simulated market into the tables `contracts`, `contract_prices` and `contract_correlations`, which are created where missing."
+    market = market or simulate_market()
     create_tables(engine)
     frames = {Contract: market.contracts, ContractPrice: market.prices, ContractCorrelation: market.pairs}
     return {table.__tablename__: write_frame(engine, table, frame) for table, frame in frames.items()}

@@ -42,7 +42,7 @@ class Answer(BaseModel):
         return f'{ANSWER_PREFIX}{format_correlation(self.underlying_correlation)}{fields}}}'
 
 # %% ../nbs/06_prompts.ipynb #12d2ccb0
-INSTRUCTION = 'How strongly do two contracts move together? -1.00 opposite, 0.00 unrelated, 1.00 together.'
+INSTRUCTION = 'How strongly do two contracts move together, from -1 to 1?'
 
 def _line(title: str) -> str:
     "A title on one line: a line break inside it could fake a further known pair"
