@@ -9,7 +9,8 @@ __all__ = ['Settings', 'atomic_write', 'atomic_dir', 'content_hash']
 import hashlib, json, os, shutil, tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from pydantic import SecretStr
+from typing import Annotated
+from pydantic import AfterValidator, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import URL, make_url
 
@@ -26,7 +27,7 @@ class Settings(BaseSettings):
     HF_TOKEN: SecretStr|None = None  # for gated models such as Llama 3.1
     DATABASE_URL: SecretStr|None = None  # any SQLAlchemy URL; wins over PG*
     MODEL_NAME: str = 'meta-llama/Llama-3.1-8B-Instruct'
-    MODEL_CACHE_DIR: Path = Path.home()/'.cache'/'corrnb'
+    MODEL_CACHE_DIR: Annotated[Path, AfterValidator(Path.expanduser)] = Path.home()/'.cache'/'corrnb'  # unpacked weights, vectors of contracts
     USE_4BIT: bool = True
     MAX_NEW_TOKENS: int = 256        # for the written reasons, not for the number
     TEMPERATURE: float = 0.7         # for the written reasons, not for the number
