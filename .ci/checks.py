@@ -94,8 +94,15 @@ def readme_is_in_sync():
     here = {'README.md': readme.read_bytes() if readme.exists() else b''} | contents(root/images, '*.png')
     same(here, {'README.md': text.encode()} | pictures, 'run make readme')
 
+def difference(a, b):
+    "Largest difference of the numbers in two JSON values; infinity where they differ otherwise"
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys(): return max((difference(a[k], b[k]) for k in a), default=0)
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b): return max(map(difference, a, b), default=0)
+    number = (int, float)
+    return abs(a - b) if isinstance(a, number) and isinstance(b, number) else 0 if a == b else float('inf')
+
 def pipeline_runs():
-    "One whole run with the tiny model, under 60 s; typed again it has nothing to do"
+    "One whole run with the tiny model, under 60 s; typed again it has nothing to do; afresh it gives the same metrics"
     start = time.time()
     call(sys.executable, '-c', 'import corrnb.inference')  # three of the four stages are mostly this: a yardstick for slow machines
     limit = max(60, 7*(time.time() - start))
@@ -109,6 +116,10 @@ def pipeline_runs():
         assert not missing, f"not in the run folder: {', '.join(missing)}"
         assert seconds < limit, f'took {seconds:.0f} s, more than {limit:.0f} s'
         assert call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp).count('unchanged, skipped') == 4, 'the second run did something'
+        before = json.loads((run/'metrics.json').read_text())
+        call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp, '--fresh')
+        gap = difference(before, json.loads((run/'metrics.json').read_text()))
+        assert gap <= 1e-6, f'the same seed gave other metrics, by {gap:.2g}'
 
 
 def test_notebooks():

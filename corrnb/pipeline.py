@@ -10,7 +10,7 @@ __all__ = ['STAGES', 'TYPES', 'PARAMETER_SETTINGS', 'CONNECTION', 'FILES', 'WORD
            'find_run', 'evaluate_run', 'main']
 
 # %% ../nbs/14_pipeline.ipynb #de728b22
-import argparse, ast, difflib, hashlib, html, json, os, platform, re, shutil, subprocess, sys, time, traceback
+import argparse, ast, difflib, hashlib, html, json, os, platform, re, shutil, subprocess, sys, threading, time, traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -272,7 +272,10 @@ class _ThisPython(AsyncKernelManager):
 def _reason(error: Exception) -> str:
     "One or a few lines for an exception of papermill"
     if type(error).__name__ == 'DeadKernelError': return 'its Python process died; most often memory ran out (try a smaller batch size or limit)'
-    return f'{error.ename}: {error.evalue}'
+    advice = ''
+    if error.ename == 'OutOfMemoryError':
+        advice = '\nHalve per_device_train_batch_size and double gradient_accumulation_steps: the training stays the same and needs less memory.'
+    return f'{error.ename}: {error.evalue}{advice}'
 
 def execute_stage(
     stage: Stage,
@@ -347,6 +350,20 @@ def _forget(folder: Path, stages: tuple[str, ...]):
     files = [f'stages/{name}.json' for name in stages] + (['metrics.json', 'metrics.txt'] if 'evaluate' in stages else [])
     for name in files: (folder/name).unlink(missing_ok=True)
 
+@contextmanager
+def _clock(label: str, show: bool):
+    "Let the seconds pass visibly behind a label, on a terminal"
+    done, start = threading.Event(), time.perf_counter()
+    def tick():
+        while not done.wait(1): print(f'\r{label} ... {time.perf_counter()-start:.0f} s ', end='', flush=True)
+        print(f'\r{label} ... ', end='', flush=True)
+    thread = threading.Thread(target=tick, daemon=True)
+    if show: thread.start()
+    try: yield
+    finally:
+        done.set()
+        if show: thread.join()
+
 def run_stage(
     stage: Stage,
     params: dict,               # all parameters
@@ -365,7 +382,8 @@ def run_stage(
     _forget(folder, STAGES[i:i+1] if same else STAGES[i:])
     print(label, '...', end='\n' if verbose else ' ', flush=True)
     start = time.perf_counter()
-    try: execute_stage(stage, params, folder, verbose)
+    try:
+        with _clock(label, show=sys.stdout.isatty() and not verbose): execute_stage(stage, params, folder, verbose)
     except PipelineError:
         print(f'failed after {time.perf_counter()-start:.1f} s', flush=True)
         raise
