@@ -52,7 +52,8 @@ class PairError(ValueError):
 # %% ../nbs/02_data.ipynb #ec44121f
 def _names(values: pd.Series) -> pd.Series:
     "Ids as text; empty ones as missing"
-    return pd.Series([None if pd.isna(v) else str(v).strip() or None for v in values.convert_dtypes()], index=values.index, dtype=object)
+    return pd.Series([None if pd.isna(v) else str(v).strip() or None for v in values.convert_dtypes()],
+                     index=values.index, dtype=object)
 
 def _inactive(pairs: pd.DataFrame) -> pd.Series:
     "Rows marked as not active, however the file writes it"
@@ -73,7 +74,8 @@ def _row_problems(row: dict,     # a row with cleaned titles and text ids
     for side, title in (('a', a), ('b', b)):
         if not title: yield f'contract_{side}_title is empty'
     if a and text_key(a) == text_key(b): yield f'both titles are the same: {a[:60]!r}'
-    elif (i := row.get('contract_a_id')) and i == row.get('contract_b_id') and str(row.get('contract_a_venue')) == str(row.get('contract_b_venue')):
+    elif ((i := row.get('contract_a_id')) and i == row.get('contract_b_id')
+          and str(row.get('contract_a_venue')) == str(row.get('contract_b_venue'))):
         yield f'a contract paired with itself: {i}'
     if pd.isna(raw) or str(raw).strip() == '': yield f'{target} is missing'
     elif np.isnan(value): yield f'{target} is {str(raw)[:30]!r}, not a number'
@@ -100,7 +102,8 @@ def check_pairs(pairs: pd.DataFrame,  # `id`, `contract_a_title`, `contract_b_ti
     for c in pairs.columns.intersection([f'contract_{s}_{i}' for s in 'ab' for i in ('id', 'event_id')] + ['id']):
         changed[c] = _names(pairs[c])
     for c in needed[1:3]: changed[c] = pairs[c].map(clean_text)
-    for c in pairs.columns.intersection([target, 'fisher_z_se']): changed[c] = pd.to_numeric(pairs[c], errors='coerce').astype(float)
+    for c in pairs.columns.intersection([target, 'fisher_z_se']):
+        changed[c] = pd.to_numeric(pairs[c], errors='coerce').astype(float)
     pairs = pairs.assign(**changed)
     rows = pairs.assign(row=pairs.index + 1).to_dict('records')
     first = {r['id']: r['row'] for r in reversed(rows)}
@@ -115,10 +118,12 @@ def _read_csv(path: Path) -> pd.DataFrame:
     sep = max(',;\t', key=header.count)
     names = [n.strip() for n in next(csv.reader([header], delimiter=sep), [])]
     if twice := sorted({n for n in names if names.count(n) > 1}): raise ValueError(f'two columns are called {", ".join(twice)}')
-    text = {'id': str} | {f'contract_{s}_{c}': str for s in 'ab' for c in ('id', 'title', 'venue', 'event_id')} | dict(contract_id=str, event_id=str)
+    text = {f'contract_{s}_{c}': str for s in 'ab' for c in ('id', 'title', 'venue', 'event_id')}
+    text |= dict(id=str, contract_id=str, event_id=str)
     with warnings.catch_warnings():
         warnings.simplefilter('error', pd.errors.ParserWarning)
-        return pd.read_csv(path, sep=sep, decimal=',' if sep == ';' else '.', encoding='utf-8-sig', dtype=text, index_col=False, low_memory=False)
+        return pd.read_csv(path, sep=sep, decimal=',' if sep == ';' else '.', encoding='utf-8-sig',
+                           dtype=text, index_col=False, low_memory=False)
 
 def _read_table(path: str|Path   # .csv or .parquet
                ) -> pd.DataFrame:
@@ -126,9 +131,11 @@ def _read_table(path: str|Path   # .csv or .parquet
     read = {'.csv': _read_csv, '.parquet': pd.read_parquet}.get(Path(path).suffix.lower())
     if read is None: raise PairError([f'{path}: only .csv and .parquet files can be read'])
     try: frame = read(Path(path))
-    except UnicodeDecodeError as e: raise PairError([f'{path} is not UTF-8 text (at byte {e.start}): save it as CSV UTF-8']) from e
+    except UnicodeDecodeError as e:
+        raise PairError([f'{path} is not UTF-8 text (at byte {e.start}): save it as CSV UTF-8']) from e
     except (ValueError, pd.errors.ParserWarning) as e:
-        hint = ' (titles that hold the separator need quotes)' if isinstance(e, (pd.errors.ParserError, pd.errors.ParserWarning)) else ''
+        torn = isinstance(e, (pd.errors.ParserError, pd.errors.ParserWarning))
+        hint = ' (titles that hold the separator need quotes)' if torn else ''
         raise PairError([f'{path} cannot be read: {" ".join(str(e).split())}{hint}']) from e
     return frame.rename(columns=lambda c: str(c).strip())
 
@@ -138,7 +145,8 @@ def _add_events(pairs: pd.DataFrame,
                ) -> pd.DataFrame:     # with `contract_a_event_id` and `contract_b_event_id`
     "Event ids from a file of contracts"
     frame, ids = _read_table(contracts), ['contract_a_id', 'contract_b_id']
-    if missing := [c for c in ids if c not in pairs]: raise PairError([f'a contracts file needs {", ".join(missing)} in the pairs'])
+    if missing := [c for c in ids if c not in pairs]:
+        raise PairError([f'a contracts file needs {", ".join(missing)} in the pairs'])
     if missing := [c for c in ('contract_id', 'event_id') if c not in frame]:
         raise PairError([f'{contracts}: missing columns: {", ".join(missing)} (there are: {", ".join(frame.columns)})'])
     keys = _names(frame.contract_id)
@@ -173,7 +181,8 @@ def contract_groups(pairs: pd.DataFrame,
         links += [(t, f'{kind} {v}') for t, v in zip(titles, values) if pd.notna(v)]
     codes, nodes = pd.factorize(np.array(titles + [end for link in links for end in link], dtype=object), sort=True)
     ends = codes[len(titles):].reshape(-1, 2)
-    _, label = connected_components(coo_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(len(nodes), len(nodes))), directed=False)
+    edges = coo_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(len(nodes), len(nodes)))
+    _, label = connected_components(edges, directed=False)
     names = nodes[np.unique(label, return_index=True)[1]].astype(str)  # nodes are sorted: each group is named by its first one
     return names[label[codes[:len(titles)]]].reshape(2, -1).T
 
@@ -193,8 +202,9 @@ def _deal(groups: np.ndarray,   # (rows, 1 or 2): names of the groups that a row
     order = sorted(range(len(names)), key=lambda i: (not large[i], content_hash(seed, names[i])))
     last = np.argsort(order)[index].max(axis=1)
     ends, counts = np.unique(last, return_counts=True)
-    if len(ends) < 3: raise PairError([f'{len(groups)} rows form {len(ends)} separate groups, too few for train, val and test: add pairs of '
-                                       'other contracts, split by "random", or give a `split` column'])
+    if len(ends) < 3:
+        raise PairError([f'{len(groups)} rows form {len(ends)} separate groups, too few for train, val and test: '
+                         'add pairs of other contracts, split by "random", or give a `split` column'])
     share = counts.cumsum() / len(groups)
     train = np.abs(share[:-2] - fractions[0]).argmin()
     val = train + 1 + np.abs(share[train+1:-1] - fractions[0] - fractions[1]).argmin()
@@ -219,9 +229,11 @@ def split_pairs(pairs: pd.DataFrame,          # checked pairs
     "Split pairs into train, val and test by content and seed, whatever the order of the rows"
     if by not in ('contract', 'random'): raise ValueError(f"by is 'contract' or 'random', not {by!r}")
     if 'split' in pairs and pairs.split.notna().any():
-        if unknown := sorted(set(map(str, pairs.split)) - set(SIDES)): raise PairError([f'split holds {", ".join(unknown)}, not only train, val and test'])
+        if unknown := sorted(set(map(str, pairs.split)) - set(SIDES)):
+            raise PairError([f'split holds {", ".join(unknown)}, not only train, val and test'])
         if empty := [s for s in SIDES if s not in set(pairs.split)]:
-            raise PairError([f'the `split` column has no row for {" and ".join(empty)}: add some, or remove the column to have corrnb split'])
+            raise PairError([f'the `split` column has no row for {" and ".join(empty)}: '
+                             'add some, or remove the column to have corrnb split'])
         print('the `split` column of the data is used')
         return add_novelty(pairs)
     if by == 'contract': groups = contract_groups(pairs)
@@ -238,7 +250,8 @@ def split_report(pairs: pd.DataFrame   # with `split` and `novelty`
     train, report = (pairs.split == 'train').to_numpy(), {}
     for side in SIDES:
         rows = (pairs.split == side).to_numpy()
-        report[side] = dict(rows=rows.sum(), contracts=len(np.unique(groups[rows])), **{n: (pairs.novelty[rows] == n).sum() for n in NOVELTY})
+        report[side] = dict(rows=rows.sum(), contracts=len(np.unique(groups[rows])),
+                            **{n: (pairs.novelty[rows] == n).sum() for n in NOVELTY})
         if side != 'train': report[side] |= dict(shared_contracts=len(np.intersect1d(groups[rows], groups[train])),
                                                  shared_texts=np.isin(keys[rows], keys[train]).sum())
     return pd.DataFrame(report).T.rename_axis('split').astype('Int64')
@@ -251,7 +264,8 @@ def limit_pairs(pairs: pd.DataFrame,     # with `split`
                ) -> pd.DataFrame:        # fewer rows in the same order, `novelty` counted again
     "At most so many rows of each side, chosen by content and seed"
     if (train or 0) < 0 or (held_out or 0) < 0: raise ValueError(f'limits are 0 or more, not {train} and {held_out}')
-    lot = pd.Series([content_hash(seed, pair_key(a, b), i) for a, b, i in zip(pairs.contract_a_title, pairs.contract_b_title, pairs.id)], index=pairs.index)
+    rows = zip(pairs.contract_a_title, pairs.contract_b_title, pairs.id)
+    lot = pd.Series([content_hash(seed, pair_key(a, b), i) for a, b, i in rows], index=pairs.index)
     place = lot.groupby(pairs.split).rank(method='first')
     limit = pairs.split.map({'train': train or np.inf, 'val': held_out or np.inf, 'test': held_out or np.inf})
     return add_novelty(pairs[place <= limit].reset_index(drop=True))

@@ -108,7 +108,8 @@ def _embed(model, sequences, layer, batch_tokens, special) -> np.ndarray: # (n, 
                 out[batch] = _pooled(decoder, [sequences[i] for i in batch], layer, special)
                 bar.update(len(batch))
     except torch.OutOfMemoryError as e:
-        raise RuntimeError(f'out of memory while embedding batches of {batch_tokens} tokens: try batch_tokens={batch_tokens//4}') from e
+        raise RuntimeError(f'out of memory while embedding batches of {batch_tokens} tokens: '
+                           f'try batch_tokens={batch_tokens//4}') from e
     finally: model.train(was_training)
     return out
 
@@ -168,7 +169,8 @@ def normalize(vectors,         # (n, h)
         v = v - np.asarray(center, dtype=np.float32)
     if not unit: return v
     length = np.linalg.norm(v, axis=1, keepdims=True)
-    if not (length > 0).all(): raise ValueError(f'vector {np.flatnonzero(~(length > 0))[0]} has length zero or NaN and no direction')
+    if not (length > 0).all():
+        raise ValueError(f'vector {np.flatnonzero(~(length > 0))[0]} has length zero or NaN and no direction')
     return v / length
 
 # %% ../nbs/08_embeddings.ipynb #bf2d97d5

@@ -55,10 +55,14 @@ def regression_metrics(
 def _check_grid(probabilities, values):
     "Rows that sum to one and increasing grid values, as float64 arrays."
     p, x = np.asarray(probabilities, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    if p.ndim != 2 or p.shape[1] != len(x): raise ValueError(f"probabilities have shape {p.shape}; expected (rows, {len(x)}) for {len(x)} values")
+    if p.ndim != 2 or p.shape[1] != len(x):
+        raise ValueError(f"probabilities have shape {p.shape}; expected (rows, {len(x)}) for {len(x)} values")
     if np.any(np.diff(x) <= 0): raise ValueError("the grid values must increase")
     bad = np.flatnonzero(~(np.all(p >= 0, axis=1) & (np.abs(p.sum(1) - 1) < 1e-3)))
-    if len(bad): raise ValueError(f"row {bad[0]} is no distribution: smallest entry {p[bad[0]].min():.3g}, sum {p[bad[0]].sum():.3g} (log-probabilities? pass their exp)")
+    if len(bad):
+        row = p[bad[0]]
+        raise ValueError(f"row {bad[0]} is no distribution: smallest entry {row.min():.3g}, sum {row.sum():.3g} "
+                         "(log-probabilities? pass their exp)")
     return p / p.sum(1, keepdims=True), x
 
 # %% ../nbs/13_evaluation.ipynb #4c8ee398
@@ -125,7 +129,8 @@ def keyword_retrieval(
     k=5, # training pairs to average; all that tie with the k-th are taken in
 ) -> np.ndarray: # predictions, shape (len(rows),)
     "Mean target of the `k` training pairs with the greatest word overlap; the training mean where nothing overlaps."
-    vocabulary = CountVectorizer(analyzer=_words, binary=True, dtype=np.int32).fit(pd.concat([train.contract_a_title, train.contract_b_title]))
+    titles = pd.concat([train.contract_a_title, train.contract_b_title])
+    vocabulary = CountVectorizer(analyzer=_words, binary=True, dtype=np.int32).fit(titles)
     (qa, qb), (ta, tb) = [[vocabulary.transform(f[f"contract_{s}_title"]) for s in "ab"] for f in (rows, train)]
     overlap = np.maximum((qa @ ta.T + qb @ tb.T).toarray(), (qa @ tb.T + qb @ ta.T).toarray())
     kth = np.sort(overlap, axis=1)[:, -min(k, len(train))]
@@ -169,7 +174,8 @@ def tfidf_ridge(
     titles, folds, fits = pd.concat([train.contract_a_title, train.contract_b_title]).unique(), contract_folds(train, seed=seed), []
     for options in (dict(tokenizer=_words, token_pattern=None, ngram_range=(1, 2)), dict(analyzer="char_wb", ngram_range=(2, 4))):
         vectorizer = TfidfVectorizer(**options).fit(titles)
-        fits.append(kernel_ridge(_title_kernel(vectorizer, train, train), train[target], _title_kernel(vectorizer, rows, train), folds))
+        kernel, kernel_rows = [_title_kernel(vectorizer, r, train) for r in (train, rows)]
+        fits.append(kernel_ridge(kernel, train[target], kernel_rows, folds))
     return min(fits, key=lambda fit: fit[1])[0]
 
 # %% ../nbs/13_evaluation.ipynb #22593231
@@ -201,7 +207,9 @@ def knn_mean(
 ) -> np.ndarray: # predictions, shape (n,)
     "Mean of the neighbours' values with weights 1/distance; exact matches (distance 0) take all the weight."
     v, d = np.asarray(values, dtype=float), np.asarray(distances, dtype=float)
-    if v.ndim != 2 or v.shape != d.shape: raise ValueError(f"neighbour values have shape {v.shape} and distances {d.shape}; expected the same shape (rows, k)")
+    if v.ndim != 2 or v.shape != d.shape:
+        raise ValueError(f"neighbour values have shape {v.shape} and distances {d.shape}; "
+                         "expected the same shape (rows, k)")
     real = np.isfinite(d)
     bad = np.flatnonzero(~real.any(1) | np.isnan(d).any(1) | (d < 0).any(1) | (real & ~np.isfinite(v)).any(1))
     if len(bad): raise ValueError(f"row {bad[0]} has no neighbour, or one with a missing value or a missing or negative distance")
@@ -224,11 +232,14 @@ def baseline_predictions(
     "Forecasts that need no fine-tuning, fitted on `train` alone and symmetric in A and B; ValueError names a training row without target."
     y, = _checked(**{target: train[target]})
     result = {"predict_zero": np.zeros(len(rows)), "train_mean": np.full(len(rows), y.mean()),
-              "keyword_retrieval": keyword_retrieval(train, rows, target, k), "tfidf_ridge": tfidf_ridge(train, rows, target, seed)}
+              "keyword_retrieval": keyword_retrieval(train, rows, target, k),
+              "tfidf_ridge": tfidf_ridge(train, rows, target, seed)}
     if neighbours is not None: result["knn"] = knn_mean(*neighbours)
-    if train_vectors is not None: result["vector_ridge"] = vector_ridge(train_vectors, y, row_vectors, contract_folds(train, seed=seed))
+    if train_vectors is not None:
+        result["vector_ridge"] = vector_ridge(train_vectors, y, row_vectors, contract_folds(train, seed=seed))
     for name, p in result.items():
-        if len(p) != len(rows): raise ValueError(f"{name} got inputs for {len(p)} rows, but there are {len(rows)} rows to predict")
+        if len(p) != len(rows):
+            raise ValueError(f"{name} got inputs for {len(p)} rows, but there are {len(rows)} rows to predict")
     return pd.DataFrame(result, index=rows.index).clip(-1, 1)
 
 # %% ../nbs/13_evaluation.ipynb #8adbae54
@@ -242,14 +253,17 @@ def metrics_table(
 ) -> pd.DataFrame: # columns `by`, method, those of `regression_metrics`, and note
     "Metrics of every method in every group, baselines beside the model; ValueError names a row without target or prediction."
     by = [by] if isinstance(by, str) else list(by)
-    if isinstance(predictions, pd.DataFrame) and not predictions.index.equals(rows.index): raise ValueError("predictions and rows have different indexes")
+    if isinstance(predictions, pd.DataFrame) and not predictions.index.equals(rows.index):
+        raise ValueError("predictions and rows have different indexes")
     for name, p in predictions.items(): _checked(**{target: rows[target], name: p})
-    if rows[by].isna().any(axis=None): raise ValueError(f"row {rows.index[rows[by].isna().any(axis=1)][0]} has no value in {' or '.join(by)}")
+    if rows[by].isna().any(axis=None):
+        raise ValueError(f"row {rows.index[rows[by].isna().any(axis=1)][0]} has no value in {' or '.join(by)}")
     order = ["train", "val", "test", "seen", "one_new", "both_new"]
     place = lambda key: [(order.index(x) if x in order else len(order), str(x)) for x in key]
     positions = rows.groupby(by).indices
     positions = {key if isinstance(key, tuple) else (key,): i for key, i in positions.items()}
-    lines = [{**dict(zip(by, key)), "method": name, **regression_metrics(rows[target].to_numpy()[positions[key]], np.asarray(p)[positions[key]]),
+    y = rows[target].to_numpy()
+    lines = [{**dict(zip(by, key)), "method": name, **regression_metrics(y[positions[key]], np.asarray(p)[positions[key]]),
               "note": "" if len(positions[key]) >= MIN_ROWS else "too few to judge"}
              for key in sorted(positions, key=place) for name, p in predictions.items()]
     return pd.DataFrame(lines).astype({"r2": float, "sd_ratio": float})
@@ -289,20 +303,24 @@ def paired_difference(
     contracts_b, # group of each row's second contract, shape (n,)
     n_boot=2000, # bootstrap replicates
     seed=0, # seed of the draws
-) -> dict: # n, contracts, mae_a, mae_b, difference = mae_a - mae_b (below 0: A is better), lower and upper ends of its 95 % interval (None for one row), note
+) -> dict: # n, contracts, mae_a, mae_b, difference mae_a - mae_b (below 0: A is better), its 95 % limits lower, upper, note
     "Difference of two methods' MAE with a node-bootstrap interval: contracts are resampled, weights multiply (Owen 2007)."
-    y, a, b, _, _ = _checked(y=y, pred_a=pred_a, pred_b=pred_b, contracts_a=np.zeros(len(contracts_a)), contracts_b=np.zeros(len(contracts_b)))
+    y, a, b, *_ = _checked(y=y, pred_a=pred_a, pred_b=pred_b, contracts_a=np.zeros(len(contracts_a)),
+                           contracts_b=np.zeros(len(contracts_b)))
     ends, names = pd.factorize(np.concatenate([np.asarray(c, dtype=str) for c in (contracts_a, contracts_b)]), sort=True)
     where, size = ends.reshape(2, -1), len(names)
     draws = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=n_boot).astype(float)
     apart = where[0] != where[1]
-    total = lambda d: ((draws @ sp.csr_array((d * apart, where), shape=(size, size))) * draws).sum(1) + draws @ np.bincount(where[0], d * ~apart, size)
+    def total(d): # sums of d over the pairs of two groups and of one, for each replicate
+        between = (draws @ sp.csr_array((d * apart, where), shape=(size, size))) * draws
+        return between.sum(1) + draws @ np.bincount(where[0], d * ~apart, size)
     difference = np.abs(a - y) - np.abs(b - y)
     weight = total(np.ones(len(y)))
     replicates = total(difference)[weight > 0] / weight[weight > 0]
     lower, upper = np.quantile(replicates, [0.025, 0.975]).tolist() if len(y) > 1 else (None, None)
     return {"n": len(y), "contracts": size, "mae_a": float(np.abs(a - y).mean()), "mae_b": float(np.abs(b - y).mean()),
-            "difference": float(difference.mean()), "lower": lower, "upper": upper, "note": "" if len(y) >= MIN_ROWS else "too few to judge"}
+            "difference": float(difference.mean()), "lower": lower, "upper": upper,
+            "note": "" if len(y) >= MIN_ROWS else "too few to judge"}
 
 # %% ../nbs/13_evaluation.ipynb #f42f6662
 def plot_predictions(
@@ -342,9 +360,11 @@ def plot_metrics(
     parts = list(table.groupby(by, sort=False)); count = len(parts)
     for i, (key, part) in enumerate(parts):
         label = f"{' '.join(map(str, key))} (n = {part.n.iloc[0]})"
-        ax.plot(part[metric], [methods.index(m) + 0.6 * (i - (count - 1) / 2) / count for m in part.method], "osD^vP"[i % 6], color=f"C{i}", ms=6, label=label,
+        height = [methods.index(m) + 0.6 * (i - (count - 1) / 2) / count for m in part.method]
+        ax.plot(part[metric], height, "osD^vP"[i % 6], color=f"C{i}", ms=6, label=label,
                 mfc="none" if part.note.iloc[0] else f"C{i}")
-    ax.set(yticks=range(len(methods)), yticklabels=methods, xlabel=names[metric], title=title or f"{names[metric].split(' (')[0].capitalize()} by method")
+    ax.set(yticks=range(len(methods)), yticklabels=methods, xlabel=names[metric],
+           title=title or f"{names[metric].split(' (')[0].capitalize()} by method")
     ax.invert_yaxis(); ax.grid(axis="x", color="0.9"); ax.set_axisbelow(True)
     if metric == "mae": ax.set_xlim(left=0)
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -356,8 +376,9 @@ def plot_losses(
     title="Training", # of the figure
 ): # the figure
     "One panel for each part of the training log that occurs; ValueError if there is none."
-    parts = {"loss": ("total loss", "nats + weighted error"), "number_ce": ("number", "cross-entropy (nats)"), "text_ce": ("text", "CE (nats/token)"),
-             "regression_loss": ("regression loss", "error of the mean"), "on_grid_mass": ("mass on the grid", "probability"), "tokens_per_second": ("speed", "tokens/s")}
+    parts = {"loss": ("total loss", "nats + weighted error"), "number_ce": ("number", "cross-entropy (nats)"),
+             "text_ce": ("text", "CE (nats/token)"), "regression_loss": ("regression loss", "error of the mean"),
+             "on_grid_mass": ("mass on the grid", "probability"), "tokens_per_second": ("speed", "tokens/s")}
     series = {k: [(e["step"], e[k]) for e in log_history if k in e and "step" in e] for k in parts}
     series = {k: np.array(v, dtype=float).T for k, v in series.items() if v}
     if not series: raise ValueError(f"the log has no entry with step and one of {', '.join(parts)}")
@@ -365,7 +386,8 @@ def plot_losses(
     fig, axes = plt.subplots(lines, columns, figsize=(7, 0.3 + 1.9 * lines), layout="constrained", squeeze=False)
     for ax, (k, (step, value)) in zip(axes.flat, series.items()):
         ax.plot(step, value, color="tab:blue", marker="o", ms=2.5, lw=1)
-        ax.set_title(parts[k][0], fontsize=9); ax.set_xlabel("step", fontsize=8); ax.set_ylabel(parts[k][1], fontsize=8); ax.tick_params(labelsize=8)
+        ax.set_title(parts[k][0], fontsize=9)
+        ax.set_xlabel("step", fontsize=8); ax.set_ylabel(parts[k][1], fontsize=8); ax.tick_params(labelsize=8)
         if k == "on_grid_mass": ax.set_ylim(0, 1.03)
     for ax in axes.flat[len(series):]: ax.set_visible(False)
     fig.suptitle(title, fontsize=11)

@@ -13,7 +13,7 @@ from scipy.special import logit
 
 # %% ../nbs/03_labels.ipynb #5dd92283
 def price_table(
-    prices: pd.DataFrame,      # long: columns contract_id, ts (time; without a zone it is taken as UTC), price; a missing price is no observation
+    prices: pd.DataFrame,      # long: contract_id, ts (time; UTC where it has no zone), price (a missing one is no observation)
     transform: str = "level",  # "level", or "logit" for probabilities strictly between 0 and 1
 ) -> pd.DataFrame:             # (n_times, n_contracts), sorted by time, NaN where a contract has no price; ValueError on bad input
     "Spread prices to one column per contract on the chosen scale."
@@ -23,11 +23,13 @@ def price_table(
     def refuse(bad, why):
         if bad.any():
             row = long[bad].iloc[0]
-            raise ValueError(f"contract {row.contract_id!r} at {row.ts:%Y-%m-%d %H:%M:%S}: {why.format(price=row.price)} ({bad.sum()} such rows)")
+            where = f"contract {row.contract_id!r} at {row.ts:%Y-%m-%d %H:%M:%S}"
+            raise ValueError(f"{where}: {why.format(price=row.price)} ({bad.sum()} such rows)")
     refuse(long["ts"].isna() | long["contract_id"].isna(), "a price needs a contract_id and a time")
     refuse(long.duplicated(["contract_id", "ts"]), "more than one price for this time")
     refuse(~np.isfinite(long["price"]), "the price {price} is not a finite number")
-    if transform == "logit": refuse(~long["price"].between(0, 1, "neither"), "the price {price} has no logit, it must lie strictly between 0 and 1")
+    if transform == "logit":
+        refuse(~long["price"].between(0, 1, "neither"), "the price {price} has no logit, it must lie strictly between 0 and 1")
     wide = long.pivot(index="ts", columns="contract_id", values="price").astype(float)
     return wide.apply(logit) if transform == "logit" else wide
 
@@ -80,18 +82,21 @@ def pair_correlations(
     max_gap: str | None = None,         # leave out changes over more than this time, e.g. "3D"
     last: int | None = None,            # use only the last so many common observations of a pair
     min_changes: int = 30,              # with fewer changes the correlation is NaN; at least 4
-    transform: str = "level",           # changes of the price ("level") or of its logit ("logit", prices strictly between 0 and 1)
-) -> pd.DataFrame:                      # one row per pair: contract_a_id, contract_b_id, price_correlation, fisher_z_se, price_correlation_se, n_changes, reason ("" unless NaN)
+    transform: str = "level",           # changes of the price ("level") or of its logit ("logit"; prices in (0, 1))
+) -> pd.DataFrame:                      # contract ids, price_correlation, fisher_z_se, price_correlation_se, n_changes, reason ("" unless NaN)
     "Correlation of the price changes of each pair with its standard error. ValueError names a bad price (see `price_table`)."
-    if min_changes < 4: raise ValueError(f"min_changes is {min_changes}, but the standard error 1/sqrt(n_changes - 3) needs at least 4")
+    if min_changes < 4:
+        raise ValueError(f"min_changes is {min_changes}, but the standard error 1/sqrt(n_changes - 3) needs at least 4")
     series = dict(price_table(prices, transform).items())
     if pairs is None: pairs = pd.DataFrame(combinations(series, 2), columns=["contract_a_id", "contract_b_id"])
-    if missing := {"contract_a_id", "contract_b_id"} - set(pairs): raise ValueError(f"pairs lack the column(s) {sorted(missing)}")
+    if missing := {"contract_a_id", "contract_b_id"} - set(pairs):
+        raise ValueError(f"pairs lack the column(s) {sorted(missing)}")
     ids = pairs[["contract_a_id", "contract_b_id"]]
     def measure(a, b):
         if absent := [str(c) for c in (a, b) if c not in series]: return np.nan, 0, f"no prices of {' and '.join(absent)}"
         return measure_pair(series[a], series[b], max_gap, last, min_changes)
-    measured = pd.DataFrame([measure(a, b) for a, b in ids.itertuples(index=False)], ids.index, ["price_correlation", "n_changes", "reason"])
+    measured = pd.DataFrame([measure(a, b) for a, b in ids.itertuples(index=False)], ids.index,
+                            ["price_correlation", "n_changes", "reason"])
     z_se, rho_se = correlation_errors(measured["price_correlation"], measured["n_changes"])
     z_se = np.where(measured["price_correlation"].isna(), np.nan, z_se)
     measured = measured.assign(fisher_z_se=z_se, price_correlation_se=rho_se)
