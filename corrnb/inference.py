@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd, torch
 from .answers import AnswerDistribution, AnswerGrid
 from .config import Settings
-from .data import text_key
+from .data import clean_text, text_key
 from .models import encode, load_model, load_tokenizer
 from .prompts import ANSWER_PREFIX, Answer, correlation_type, format_correlation, make_prompt
 from .rag import PairRetriever
@@ -31,9 +31,9 @@ class Prediction:
     reasoning: str|None = None
 
     @property
-    def correlation(self) -> float: return self.distribution.mean.item()
+    def correlation(self) -> float: return min(1., max(-1., self.distribution.mean.item()))    # rounding may pass 1
     @property
-    def confidence(self) -> float: return self.distribution.mass_within(self.distribution.mean).item()
+    def confidence(self) -> float: return min(1., self.distribution.mass_within(self.distribution.mean).item())
     @property
     def correlation_type(self) -> str: return correlation_type(self.correlation)
     def interval(self, level: float=0.9) -> tuple[float, float]:
@@ -111,8 +111,8 @@ class CorrelationPredictor:
                 explain: bool=False   # let the model write its reasons; the number stays
                ) -> Prediction:
         "Predict one pair; ValueError for empty or identical titles"
-        for t in (title_a, title_b):
-            if not str(t or '').strip(): raise ValueError('a title is empty')
+        title_a, title_b = clean_text(title_a), clean_text(title_b)    # as training rows are
+        if not title_a or not title_b: raise ValueError('a title is empty')
         if text_key(title_a) == text_key(title_b): raise ValueError(f'both titles are the same: {title_a!r}')
         dist, near = self.predict_rows(pd.DataFrame([dict(contract_a_title=title_a, contract_b_title=title_b)]))
         p = Prediction(title_a, title_b, dist[0], near[0])
@@ -134,22 +134,24 @@ class CorrelationPredictor:
                     model_dir: str|Path,         # trained folder
                     index_dir: str|Path|None=None, # folder of a `PairRetriever`; None: no similar pairs
                     device: str|None=None,       # default: 'cuda' where there is one
+                    target: str|None=None,       # refuse a model that was trained for another column
                     **options                    # batch_size and both_orders of the predictor
                    ):
         "Load a trained folder; errors name what is missing or does not fit"
         if not (path := Path(model_dir)/'corrnb.json').exists(): raise FileNotFoundError(f'{model_dir} is no trained folder: it has no corrnb.json')
         facts = json.loads(path.read_text())
+        if target not in (None, facts['target']): raise ValueError(f"{model_dir} was trained for the target {facts['target']}, not {target}")
         base = load_model(facts['base_model'], quantize=facts.get('use_4bit', False), device=device)
         grid = AnswerGrid(load_tokenizer(str(model_dir)), prefix=ANSWER_PREFIX)
         check_manifest(model_dir, base, grid)
-        retriever = None
-        if index_dir: retriever = PairRetriever.load(index_dir, base, grid.tokenizer, Settings().MODEL_CACHE_DIR/'embeddings')
-        return cls(PeftModel.from_pretrained(base, model_dir), grid, retriever, facts.get('rag_top_k', Settings().RAG_TOP_K), **options)
+        model = PeftModel.from_pretrained(base, model_dir)  # changes `base` itself: whoever embeds must know of the adapter to switch it off
+        retriever = PairRetriever.load(index_dir, model, grid.tokenizer, Settings().MODEL_CACHE_DIR/'embeddings') if index_dir else None
+        return cls(model, grid, retriever, facts.get('rag_top_k', Settings().RAG_TOP_K), **options)
 
     @classmethod
     def from_run(cls, run_dir: str|Path,  # a run's folder
                  device: str|None=None,   # default: 'cuda' where there is one
-                 **options                # batch_size and both_orders of the predictor
+                 **options                # target of `from_folder`; batch_size and both_orders of the predictor
                 ):
         "Load the model and the index of a finished run"
         return cls.from_folder(Path(run_dir)/'model', Path(run_dir)/'index', device, **options)

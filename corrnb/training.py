@@ -69,6 +69,13 @@ class TrainingRows(Dataset):
         self.rows, self.target, self.config = rows.reset_index(drop=True).to_dict('records'), target, config
         self.neighbours = neighbours or [[]]*len(rows)
 
+    def _completion(self, row) -> str:
+        "What follows the number, if that is learned at all; ValueError naming the row whose written fields are no valid answer"
+        if not self.config.text_loss_weight: return ''
+        try: return row_completion(row, self.target)
+        except ValueError as e: reason = '; '.join(f"{x['loc'][0]}: {x['msg']}, not {x['input']!r}" for x in e.errors())
+        raise ValueError(f"row {row['id']!r}: {reason} (text_loss_weight=0 trains without the written fields)")
+
     def __len__(self): return len(self.rows)
     def __getitem__(self, key):
         epoch, i = key
@@ -77,9 +84,9 @@ class TrainingRows(Dataset):
         near = [] if coin(c.seed, epoch, row['id'], 'drop') < c.neighbour_dropout else self.neighbours[i]
         if swap: near = [{**n, 'swapped': not n.get('swapped', False)} for n in near]
         a, b = row['contract_a_title'], row['contract_b_title']
-        z_se = row.get('fisher_z_se') or 0.
+        z_se = (row.get('fisher_z_se') or 0.) if self.target == 'price_correlation' else 0.  # it is the error of that column
         return dict(id=row['id'], prompt=make_prompt(b, a, near) if swap else make_prompt(a, b, near), value=float(row[self.target]),
-                    completion=row_completion(row, self.target), z_se=0. if np.isnan(z_se) else z_se, weight=1., place=i)
+                    completion=self._completion(row), z_se=0. if np.isnan(z_se) else z_se, weight=1., place=i)
 
 # %% ../nbs/11_training.ipynb #dbe5dda3
 class StepSampler(Sampler):
@@ -235,7 +242,7 @@ def save_trained(folder: str|Path, model, grid: AnswerGrid,
                 ) -> Path:
     "Write adapter, tokenizer and `corrnb.json` as one folder"
     with atomic_dir(folder) as tmp:
-        model.save_pretrained(tmp)
+        model.save_pretrained(tmp, save_embedding_layers=False)  # 'auto' would ask the hub about the vocabulary
         (tmp/'README.md').unlink(missing_ok=True)
         grid.tokenizer.save_pretrained(tmp)
         (tmp/'corrnb.json').write_text(json.dumps({**manifest(model, grid), **facts}, indent=1, default=str))
