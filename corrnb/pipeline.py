@@ -364,6 +364,15 @@ def _clock(label: str, show: bool):
         done.set()
         if show: thread.join()
 
+def _forget_outdated(
+    later: list[Stage],         # stages that are not run now
+    params: dict, digests: dict[str, str], folder: Path
+):
+    "Forget the first of these stages that was made with other parameters, and all after it"
+    for stage in later:
+        i, done = STAGES.index(stage.name), read_marker(folder, stage.name)
+        if done is None or done['key'] != stage_key(stage, params, digests, read_marker(folder, STAGES[i-1])): return _forget(folder, STAGES[i:])
+
 def run_stage(
     stage: Stage,
     params: dict,               # all parameters
@@ -423,7 +432,9 @@ def run_pipeline(
     digests = input_digests(params)
     with run_folder(Path(runs_dir).resolve()/(name or run_name(profile, params, digests)), fresh) as folder:
         write_params(folder, profile, params, digests)
-        for stage in stages[:STAGES.index(upto)+1]: run_stage(stage, params, digests, folder, verbose=verbose)
+        last = STAGES.index(upto)
+        for stage in stages[:last+1]: run_stage(stage, params, digests, folder, verbose=verbose)
+        _forget_outdated(stages[last+1:], params, digests, folder)
         print_summary(folder)
     return folder
 
@@ -438,7 +449,8 @@ def find_run(
         if not found: raise PipelineError(f'No finished run in {Path(runs_dir).resolve()}; `corrnb run --profile quick` makes one')
         print(f'Using the newest run: {found[-1].parents[1]}', file=sys.stderr, flush=True)
         return found[-1].parents[1].resolve()
-    for folder in (Path(model), Path(model).resolve().parent, Path(runs_dir)/model):
+    of_model = [Path(model).resolve().parent] if Path(model).name == 'model' else []
+    for folder in (Path(model), *of_model, Path(runs_dir)/model):
         if not (folder/'params.json').exists(): continue
         if not read_marker(folder, 'train'): raise PipelineError(f'The training of {folder} has not finished: type the command that began it again')
         return folder.resolve()
