@@ -121,7 +121,9 @@ class AnswerGrid:
         "Position on the grid of the value nearest to each of `values`"
         return (self.values.to(values.device) - values[..., None]).abs().argmin(-1)
     def __len__(self): return len(self.values)
-    def __repr__(self): return f'AnswerGrid of {len(self)} answers {self.texts[0]} ... {self.texts[-1]} behind {self.prefix!r}: {self.n_nodes} interior nodes'
+    def __repr__(self):
+        first, last = self.texts[0], self.texts[-1]
+        return f'AnswerGrid of {len(self)} answers {first} ... {last} behind {self.prefix!r}: {self.n_nodes} interior nodes'
 
 # %% ../nbs/07_answers.ipynb #1147501b
 def tree_batch(grid: AnswerGrid,
@@ -160,7 +162,8 @@ def model_inputs(model,                       # any causal language model of tra
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     elif attention != 'sdpa':
-        raise ValueError(f"{attention} attention takes no 4D mask: load the model with attn_implementation='sdpa', or use method='sequences'")
+        raise ValueError(f"{attention} attention takes no 4D mask: load the model with attn_implementation='sdpa', "
+                         "or use method='sequences'")
     return dict(input_ids=batch['input_ids'], position_ids=batch['position_ids'], attention_mask=mask, logits_to_keep=keep, use_cache=False)
 
 # %% ../nbs/07_answers.ipynb #87b69f52
@@ -232,6 +235,7 @@ def _distribution(self: AnswerGrid, model, prompts: list[str], **kwargs) -> Answ
     with torch.inference_mode(): log_probs = self.log_probs(model, prompts, **kwargs).cpu()
     dist = AnswerDistribution(self.values, log_probs)
     if len(dist) and dist.log_mass.exp().mean() < 0.5:
-        warnings.warn(f'only {dist.log_mass.exp().mean():.1%} of the probability is on the answer grid: the model was not trained to answer in this form')
+        warnings.warn(f'only {dist.log_mass.exp().mean():.1%} of the probability is on the answer grid: '
+                      'the model was not trained to answer in this form')
     return dist
 AnswerGrid.distribution = _distribution

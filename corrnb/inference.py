@@ -42,12 +42,14 @@ class Prediction:
     @property
     def answer(self) -> Answer:
         "The prediction as the JSON answer"
-        return Answer(underlying_correlation=self.correlation, correlation_type=self.correlation_type, confidence=self.confidence, reasoning=self.reasoning)
+        return Answer(underlying_correlation=self.correlation, correlation_type=self.correlation_type,
+                      confidence=self.confidence, reasoning=self.reasoning)
 
     def __str__(self):
         lo, hi = self.interval()
+        number = f'{format_correlation(self.correlation)} ({self.correlation_type})'
         lines = [f'{self.contract_a_title} | {self.contract_b_title}',
-                 f'correlation {format_correlation(self.correlation)} ({self.correlation_type}), 90 % in [{lo:.2f}, {hi:.2f}], confidence {self.confidence:.2f}',
+                 f'correlation {number}, 90 % in [{lo:.2f}, {hi:.2f}], confidence {self.confidence:.2f}',
                  *(['similar pairs, nearest first:'] if self.neighbours else ['no similar pairs were used'])]
         lines += [f'  {format_correlation(n["value"]):>5}  {n["contract_a_title"]} | {n["contract_b_title"]}' for n in self.neighbours]
         return '\n'.join(lines + ([f'reasoning: {self.reasoning}'] if self.reasoning else []))
@@ -59,6 +61,7 @@ def _picture(prediction: Prediction) -> str:
     prediction.distribution.plot(ax=ax)
     for n in prediction.neighbours: ax.axvline(n['value'], ymax=0.08, color='black')
     ax.set_title('Predictive distribution' + (' (ticks: similar pairs)' if prediction.neighbours else ''), fontsize=10)
+    ax.set_xlabel('correlation')
     fig.savefig(buffer := io.BytesIO(), format='png', bbox_inches='tight', dpi=80)
     plt.close(fig)
     return f'<img alt="predictive distribution" src="data:image/png;base64,{b64encode(buffer.getvalue()).decode()}">'
@@ -66,9 +69,10 @@ def _picture(prediction: Prediction) -> str:
 def _repr_html_(self: Prediction) -> str:
     "What JupyterLab shows: sentence, picture, similar pairs"
     lo, hi = self.interval()
-    rows = ''.join(f'<tr><td style="text-align:right">{format_correlation(n["value"])}</td><td style="text-align:left">{html.escape(n["contract_a_title"])}</td>'
+    rows = ''.join(f'<tr><td style="text-align:right">{format_correlation(n["value"])}</td>'
+                   f'<td style="text-align:left">{html.escape(n["contract_a_title"])}</td>'
                    f'<td style="text-align:left">{html.escape(n["contract_b_title"])}</td></tr>' for n in self.neighbours)
-    table = f'<table><tr><th>known</th><th colspan=2 style="text-align:left">similar pairs, nearest first</th></tr>{rows}</table>' if rows else ''
+    table = f'<table><tr><th>known correlation</th><th colspan=2 style="text-align:left">similar pairs, nearest first</th></tr>{rows}</table>' if rows else ''
     return (f'<p>{html.escape(self.contract_a_title)}<br>{html.escape(self.contract_b_title)}</p><p><b>{format_correlation(self.correlation)}</b> '
             f'({self.correlation_type}), 90 % in [{lo:.2f}, {hi:.2f}], confidence {self.confidence:.2f}</p>{_picture(self)}{table}'
             + (f'<p>{html.escape(self.reasoning)}</p>' if self.reasoning else ''))
@@ -125,8 +129,9 @@ class CorrelationPredictor:
         head = p.answer.to_json()[:-1] + ', "reasoning": "'
         ids = encode(tok, [make_prompt(p.contract_a_title, p.contract_b_title, p.neighbours)])[0] + encode(tok, [head], bos=False)[0]
         ids = torch.tensor([ids], device=next(self.model.parameters()).device)
-        out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=s.MAX_NEW_TOKENS, do_sample=s.TEMPERATURE > 0,
-                                  **(dict(temperature=s.TEMPERATURE) if s.TEMPERATURE > 0 else {}), stop_strings=['"'], tokenizer=tok, pad_token_id=tok.pad_token_id)
+        sampling = dict(do_sample=True, temperature=s.TEMPERATURE) if s.TEMPERATURE > 0 else dict(do_sample=False)
+        out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=s.MAX_NEW_TOKENS, **sampling,
+                                  stop_strings=['"'], tokenizer=tok, pad_token_id=tok.pad_token_id)
         return tok.decode(out[0, ids.shape[1]:], skip_special_tokens=True).split('"')[0].strip()
 
     @classmethod
@@ -138,7 +143,8 @@ class CorrelationPredictor:
                     **options                    # batch_size and both_orders of the predictor
                    ):
         "Load a trained folder; errors name what is missing or does not fit"
-        if not (path := Path(model_dir)/'corrnb.json').exists(): raise FileNotFoundError(f'{model_dir} is no trained folder: it has no corrnb.json')
+        path = Path(model_dir)/'corrnb.json'
+        if not path.exists(): raise FileNotFoundError(f'{model_dir} is no trained folder: it has no corrnb.json')
         facts = json.loads(path.read_text())
         if target not in (None, facts['target']): raise ValueError(f"{model_dir} was trained for the target {facts['target']}, not {target}")
         base = load_model(facts['base_model'], quantize=facts.get('use_4bit', False), device=device)

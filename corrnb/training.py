@@ -65,7 +65,8 @@ class TrainingRows(Dataset):
                 ):
         if neighbours is not None and len(neighbours) != len(rows): raise ValueError(f'{len(rows)} rows but neighbours of {len(neighbours)}')
         if len(rows) == 0: raise ValueError('no training rows')
-        if not rows[target].between(-1, 1).all(): raise ValueError(f'{target} of row {rows.id[~rows[target].between(-1, 1)].iloc[0]!r} is not in [-1, 1]')
+        bad = rows.id[~rows[target].between(-1, 1)].tolist()
+        if bad: raise ValueError(f'{target} of row {bad[0]!r} is not in [-1, 1]')
         self.rows, self.target, self.config = rows.reset_index(drop=True).to_dict('records'), target, config
         self.neighbours = neighbours or [[]]*len(rows)
 
@@ -128,8 +129,9 @@ class PairCollator:
             labels = [[-100]*len(a) + (r if x['weight'] else [-100]*len(r)) for a, r, x in zip(answers, rest, items)]
             batch['labels'] = torch.tensor([l + [-100]*(width - len(l)) for l in labels])
         else: batch['labels'] = torch.empty(len(items), 0, dtype=torch.long)
-        batch['n_tokens'] = torch.tensor([len(p) + len(grid.prefix_ids) + (len(a) + len(rest[i]) if rest else 0) for i, (p, a) in enumerate(zip(prompts, answers))])
-        return {**batch, **tree_batch(grid, prompts, [a + r for a, r in zip(answers, rest)] if rest else None)}
+        completions = [a + r for a, r in zip(answers, rest)] if rest else [[]]*len(items)
+        batch['n_tokens'] = torch.tensor([len(p) + len(grid.prefix_ids) + len(c) for p, c in zip(prompts, completions)])
+        return {**batch, **tree_batch(grid, prompts, completions)}
 
 # %% ../nbs/11_training.ipynb #c60d81fd
 class RegressionAugmentedTrainer(Trainer):
