@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 import warnings, weakref
 import matplotlib.pyplot as plt, numpy as np, torch
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .config import content_hash
 from .models import encode
@@ -18,7 +19,7 @@ from .models import encode
 @dataclass(frozen=True)
 class AnswerDistribution:
     "Distributions on a grid of values, from unnormalized log-probabilities"
-    values: torch.Tensor     # grid, ascending, shape (..., n_values) or (n_values,)
+    values: torch.Tensor     # grid, ascending, shape (n_values,)
     log_probs: torch.Tensor  # log p of each answer under the model, shape (..., n_values); sums to less than 1
 
     @cached_property
@@ -63,16 +64,18 @@ class AnswerDistribution:
         lo, hi = self.interval(0.9)
         return f'{self.mean:.2f} ± {self.std:.2f}, 90 % in [{lo:.2f}, {hi:.2f}], {self.log_mass.exp():.1%} of the mass on the grid'
 
-    def plot(self, level: float=0.9, ax=None):
-        "Probabilities of one row with mean and central interval"
-        ax = ax or plt.subplots(figsize=(7, 2.6))[1]
-        v, p, (lo, hi) = self.values.cpu(), self.probs.detach().float().cpu(), self.interval(level)
-        ax.fill_between(v, p, step='mid', alpha=.35)
-        ax.axvline(self.mean.item(), color='tab:orange', label=f'mean {self.mean:.2f}')
-        ax.axvspan(lo.item(), hi.item(), color='tab:gray', alpha=.2, label=f'{level:.0%} interval [{lo:.2f}, {hi:.2f}]')
-        ax.set(xlabel='value', ylabel='probability', ylim=(0, None), xlim=(v[0], v[-1]), title='Predictive distribution')
-        ax.legend()
-        return ax
+# %% ../nbs/07_answers.ipynb #be73d68e
+@patch
+def plot(self: AnswerDistribution, level: float=0.9, ax=None):
+    "Probabilities of one row with mean and central interval"
+    ax = ax or plt.subplots(figsize=(7, 2.6))[1]
+    v, p, (lo, hi) = self.values.cpu(), self.probs.detach().float().cpu(), self.interval(level)
+    ax.fill_between(v, p, step='mid', alpha=.35)
+    ax.axvline(self.mean.item(), color='tab:orange', label=f'mean {self.mean:.2f}')
+    ax.axvspan(lo.item(), hi.item(), color='tab:gray', alpha=.2, label=f'{level:.0%} interval [{lo:.2f}, {hi:.2f}]')
+    ax.set(xlabel='value', ylabel='probability', ylim=(0, None), xlim=(v[0], v[-1]), title='Predictive distribution')
+    ax.legend()
+    return ax
 
 # %% ../nbs/07_answers.ipynb #00d43006
 class AnswerGrid:
@@ -93,26 +96,6 @@ class AnswerGrid:
         self._build()
         self._verified = weakref.WeakSet()
 
-    def _check(self, answers):
-        "Every value needs its own text and no answer may begin another; ValueError names two that break this"
-        if len(answers) < 2: raise ValueError('an answer grid needs at least two values')
-        for (a, ta), (b, tb) in zip(s := sorted(zip(answers, self.texts)), s[1:]):
-            if a == b[:len(a)]:
-                raise ValueError(f'the answers {ta!r} and {tb!r} are not prefix-free in tokens: '
-                                 f'{self.tokenizer.convert_ids_to_tokens(list(a))} begins {self.tokenizer.convert_ids_to_tokens(list(b))}')
-
-    def _build(self):
-        "Interior nodes in breadth-first order, and for each answer the (node, token) steps that lead to it"
-        paths = sorted({tuple(a[:d]) for a in self.answer_ids for d in range(len(a))}, key=lambda p: (len(p), p))
-        node, edges = {p: i for i, p in enumerate(paths)}, {}
-        steps = [[edges.setdefault((node[tuple(a[:d])], a[d]), len(edges)) for d in range(len(a))] for a in self.answer_ids]
-        depth = max(map(len, steps))
-        self.edges = torch.tensor(list(edges))                                                    # (n_edges, 2): node, token
-        self.steps = torch.tensor([s + [len(edges)]*(depth - len(s)) for s in steps])             # (n_values, depth)
-        self.node_tokens = torch.tensor([p[-1] for p in paths[1:]], dtype=torch.long)             # root is the prompt's end
-        self.node_depth = torch.tensor([len(p) for p in paths[1:]], dtype=torch.long)
-        self.ancestors = torch.tensor([[q == p[:len(q)] for q in paths[1:]] for p in paths[1:]], dtype=torch.bool).reshape(len(paths)-1, -1)
-
     @property
     def n_nodes(self) -> int: return len(self.node_tokens) + 1
     @property
@@ -124,6 +107,29 @@ class AnswerGrid:
     def __repr__(self):
         first, last = self.texts[0], self.texts[-1]
         return f'AnswerGrid of {len(self)} answers {first} ... {last} behind {self.prefix!r}: {self.n_nodes} interior nodes'
+
+# %% ../nbs/07_answers.ipynb #45a76b35
+@patch
+def _check(self: AnswerGrid, answers):
+    "Every value needs its own text and no answer may begin another; ValueError names two that break this"
+    if len(answers) < 2: raise ValueError('an answer grid needs at least two values')
+    for (a, ta), (b, tb) in zip(s := sorted(zip(answers, self.texts)), s[1:]):
+        if a == b[:len(a)]:
+            raise ValueError(f'the answers {ta!r} and {tb!r} are not prefix-free in tokens: '
+                             f'{self.tokenizer.convert_ids_to_tokens(list(a))} begins {self.tokenizer.convert_ids_to_tokens(list(b))}')
+
+@patch
+def _build(self: AnswerGrid):
+    "Interior nodes in breadth-first order, and for each answer the (node, token) steps that lead to it"
+    paths = sorted({tuple(a[:d]) for a in self.answer_ids for d in range(len(a))}, key=lambda p: (len(p), p))
+    node, edges = {p: i for i, p in enumerate(paths)}, {}
+    steps = [[edges.setdefault((node[tuple(a[:d])], a[d]), len(edges)) for d in range(len(a))] for a in self.answer_ids]
+    depth = max(map(len, steps))
+    self.edges = torch.tensor(list(edges))                                                    # (n_edges, 2): node, token
+    self.steps = torch.tensor([s + [len(edges)]*(depth - len(s)) for s in steps])             # (n_values, depth)
+    self.node_tokens = torch.tensor([p[-1] for p in paths[1:]], dtype=torch.long)             # root is the prompt's end
+    self.node_depth = torch.tensor([len(p) for p in paths[1:]], dtype=torch.long)
+    self.ancestors = torch.tensor([[q == p[:len(q)] for q in paths[1:]] for p in paths[1:]], dtype=torch.bool).reshape(len(paths)-1, -1)
 
 # %% ../nbs/07_answers.ipynb #1147501b
 def tree_batch(grid: AnswerGrid,
@@ -194,8 +200,9 @@ def _tree_pass(grid, model, prompts: list[list[int]]) -> torch.Tensor:
     logits = model(**model_inputs(model, batch, grid.n_nodes)).logits
     return tree_log_probs(grid, logits[:, -grid.n_nodes:])
 
+@patch
 @torch.no_grad()
-def _verify(self: AnswerGrid, model, prompt: list[int]):
+def verify(self: AnswerGrid, model, prompt: list[int]):
     "Compare a few answers of the tree pass with plain scoring, once per model; ValueError if they differ"
     if model in self._verified: return
     which, exact = slice(0, None, max(1, len(self)//3)), next(model.parameters()).dtype in (torch.float32, torch.float64)
@@ -204,16 +211,16 @@ def _verify(self: AnswerGrid, model, prompt: list[int]):
     if not gap < (1e-3 if exact else 0.5):
         raise ValueError(f'{type(model).__name__} does not honour the tree mask (log p differs by {gap:.2g}): use method="sequences"')
     self._verified.add(model)
-AnswerGrid.verify = _verify
 
 # %% ../nbs/07_answers.ipynb #1edc8544
-def _log_probs(self: AnswerGrid,
-               model,                    # a causal language model; evaluation mode unless gradients through dropout are wanted
-               prompts: list[str],
-               method: str='tree',       # 'tree', or 'sequences': the slow reference
-               batch_size: int=8,        # prompts a pass
-               progress: bool=False      # show a bar
-              ) -> torch.Tensor:         # (n_prompts, n_values), float32, on the model's device
+@patch
+def log_probs(self: AnswerGrid,
+              model,                    # a causal language model; evaluation mode unless gradients through dropout are wanted
+              prompts: list[str],
+              method: str='tree',       # 'tree', or 'sequences': the slow reference
+              batch_size: int=8,        # prompts a pass
+              progress: bool=False      # show a bar
+             ) -> torch.Tensor:         # (n_prompts, n_values), float32, on the model's device
     "Log-probability of every answer after each prompt; differentiable unless under `torch.no_grad`"
     if method not in ('tree', 'sequences'): raise ValueError(f"unknown method {method!r}: 'tree' or 'sequences'")
     if isinstance(prompts, str): raise ValueError('prompts is a list of texts, not one text')
@@ -228,9 +235,9 @@ def _log_probs(self: AnswerGrid,
               torch.stack([_sequence_log_probs(self, model, ids[i]) for i in part])
         rows.update(zip(part, out))
     return torch.stack([rows[i] for i in range(len(ids))])
-AnswerGrid.log_probs = _log_probs
 
-def _distribution(self: AnswerGrid, model, prompts: list[str], **kwargs) -> AnswerDistribution:
+@patch
+def distribution(self: AnswerGrid, model, prompts: list[str], **kwargs) -> AnswerDistribution:
     "The predictive distributions of the prompts, without gradients (arguments of `log_probs`); warns below half of the mass on the grid"
     with torch.inference_mode(): log_probs = self.log_probs(model, prompts, **kwargs).cpu()
     dist = AnswerDistribution(self.values, log_probs)
@@ -238,4 +245,3 @@ def _distribution(self: AnswerGrid, model, prompts: list[str], **kwargs) -> Answ
         warnings.warn(f'only {dist.log_mass.exp().mean():.1%} of the probability is on the answer grid: '
                       'the model was not trained to answer in this form')
     return dist
-AnswerGrid.distribution = _distribution
