@@ -101,8 +101,17 @@ def difference(a, b):
     number = (int, float)
     return abs(a - b) if isinstance(a, number) and isinstance(b, number) else 0 if a == b else float('inf')
 
+def kill_while_training(run, *command):
+    "Start a command and kill it as soon as the run has a complete checkpoint"
+    process = subprocess.Popen([str(a) for a in command], cwd=root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(run.glob('checkpoints/*/complete.json')):
+        assert process.poll() is None, 'the run ended without a checkpoint'
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+
 def pipeline_runs():
-    "One whole run with the tiny model, about a minute; typed again it has nothing to do; afresh it gives the same metrics"
+    "One whole run with the tiny model, about a minute; typed again it has nothing to do; afresh, killed and continued it gives the same metrics"
     start = time.time()
     call(sys.executable, '-c', 'import corrnb.inference')  # three of the four stages are mostly this: a yardstick for slow machines
     limit = max(60, 12*(time.time() - start))
@@ -118,9 +127,11 @@ def pipeline_runs():
         assert seconds < limit, f'took {seconds:.0f} s, more than {limit:.0f} s'
         assert call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp).count('unchanged, skipped') == 4, 'the second run did something'
         before = json.loads((run/'metrics.json').read_text())
-        call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp, '--fresh')
+        kill_while_training(run, bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp, '--fresh')
+        output = call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp)
+        assert output.count('unchanged, skipped') == 2, f'the killed run did not go on with its training:\n{output}'
         gap = difference(before, json.loads((run/'metrics.json').read_text()))
-        assert gap <= 1e-6, f'the same seed gave other metrics, by {gap:.2g}'
+        assert gap <= 1e-6, f'the same seed, killed and continued, gave other metrics, by {gap:.2g}'
 
 
 def test_notebooks():

@@ -58,7 +58,7 @@ def make_prompt(title_a: str,           # title of the first contract
     for n in list(neighbours)[::-1 if nearest_last else 1]:
         a, b = n['contract_a_title'], n['contract_b_title']
         if n.get('swapped'): a, b = b, a
-        lines.append(f'{_line(a)} | {_line(b)}: {format_correlation(n["value"])}')
+        lines += [f'{_line(a)} | {_line(b)}:', f'{ANSWER_PREFIX}{format_correlation(n["value"])}}}']
     return '\n'.join([*lines, f'{_line(title_a)} | {_line(title_b)}:', ''])
 
 # %% ../nbs/06_prompts.ipynb #26992913

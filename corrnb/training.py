@@ -360,6 +360,7 @@ def make_trainer(model,                  # with a LoRA adapter, see `models.add_
                  rows: TrainingRows,
                  config: TrainingConfig,
                  validation: TrainingRows=None, # rows to validate on; the best checkpoint on them is what remains
+                 cls: type=RegressionAugmentedTrainer,
                  **arguments             # further transformers.TrainingArguments
                 ) -> RegressionAugmentedTrainer:
     "A trainer for the rows; ValueError if the model has nothing to train"
@@ -377,8 +378,8 @@ def make_trainer(model,                  # with a LoRA adapter, see `models.add_
         gradient_checkpointing=c.gradient_checkpointing, use_cpu=next(model.parameters()).device.type == 'cpu',
         dataloader_pin_memory=False) | checks | arguments))
     stop = [EarlyStoppingCallback(c.early_stopping_patience)] if c.early_stopping_patience and validation is not None else []
-    return RegressionAugmentedTrainer(model=model, args=args, train_dataset=rows, eval_dataset=validation, callbacks=stop, answer_grid=grid, config=c,
-                                      data_collator=PairCollator(grid, c.text_loss_weight > 0), processing_class=grid.tokenizer)
+    return cls(model=model, args=args, train_dataset=rows, eval_dataset=validation, callbacks=stop, answer_grid=grid, config=c,
+               data_collator=PairCollator(grid, c.text_loss_weight > 0), processing_class=grid.tokenizer)
 
 # %% ../nbs/11_training.ipynb #2865a2d1
 def save_trained(folder: str|Path, model, grid: AnswerGrid,

@@ -3,23 +3,24 @@
     CORRNB_DATA_DIR=... python learning.py RESULTS [PATTERN]
 """
 import io, json, os, sys, time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
-from corrnb.answers import AnswerGrid
+from corrnb.answers import AnswerDistribution, AnswerGrid
 from corrnb.config import Settings, atomic_write, content_hash
-from corrnb.data import _add_events, check_pairs, contract_groups, read_pairs, split_pairs
+from corrnb.data import check_pairs, contract_groups, read_pairs, split_pairs
 from corrnb.demo import simulate_market
-from corrnb.evaluation import baseline_predictions
-from corrnb.inference import MIXTURE_NEIGHBOURS, CorrelationPredictor, fit_mixture
+from corrnb.evaluation import baseline_predictions, distribution_metrics, regression_metrics
+from corrnb.inference import MIXTURE_NEIGHBOURS, CorrelationPredictor, Mixture, fit_mixture
+from corrnb.losses import number_ce, regression_loss
 from corrnb.models import add_lora, load_model, load_tokenizer
 from corrnb.prompts import ANSWER_PREFIX
 from corrnb.rag import PairRetriever, neighbour_arrays
-from corrnb.training import TrainingConfig, TrainingRows, make_trainer
+from corrnb.training import RegressionAugmentedTrainer, TrainingConfig, TrainingRows, make_trainer
 
-TARGET, LAYER, FOLDS = 'price_correlation', 18, 5
+TARGET, FOLDS = 'price_correlation', 5
 BASE = dict(num_train_epochs=3, per_device_train_batch_size=4, learning_rate=1e-3, text_loss_weight=0, lora_r=8, lora_alpha=16, lora_last_layers=6,
             prompt_variants=2, neighbour_dropout=0.1)
 
@@ -44,25 +45,43 @@ def data(name: str) -> pd.DataFrame:
     pairs = read_pairs(folder/'pairs.csv', TARGET, folder/'contracts.csv' if kind == 'events' else None)
     return contract_split(pairs, int(fold[0])) if fold else split_pairs(pairs, 'contract')
 
-def experiment(dataset: str, k: int=0, seed: int=0, train: bool=True, test: bool=True, **settings) -> dict:
+class LinearHead(RegressionAugmentedTrainer):
+    "The usual alternative: a linear layer on the hidden state before the number, with a Gaussian of learned width around it on the same grid"
+    def __init__(self, model, *args, **kwargs):
+        torch.manual_seed(kwargs['config'].seed)
+        model.number_head = torch.nn.Linear(model.config.hidden_size, 1)
+        model.number_log_width = torch.nn.Parameter(torch.tensor(-1.))
+        super().__init__(model, *args, **kwargs)
+        model.get_output_embeddings().register_forward_pre_hook(lambda module, args: setattr(self, 'states', args[0]))
+
+    def row_losses(self, model, inputs):
+        self._logits(model, inputs, self.grid.n_nodes)
+        centre, values = torch.tanh(model.number_head(self.states[:, -self.grid.n_nodes].float())), self.grid.values
+        dist = AnswerDistribution(values, torch.log_softmax(-((values - centre)/model.number_log_width.exp())**2/2, -1))
+        return dict(number=number_ce(dist.log_probs, self.grid.index(inputs['values'])), text=torch.zeros(()),
+                    regression=regression_loss(dist, inputs['values'], self.config.regression_loss_type)), dist
+
+def experiment(dataset: str, k: int=0, seed: int=0, train: bool=True, test: bool=True, head: bool=False, layer: int=-1, **settings) -> dict:
     "Fine-tune, predict the validation rows (and the test rows), and return everything that the tables need"
     start, frame, tokenizer = time.perf_counter(), data(dataset), load_tokenizer('embedded')
     model, cache = load_model('embedded', device='cpu'), Settings().MODEL_CACHE_DIR/'embeddings'
     sides = {s: frame[frame.split == s].reset_index(drop=True) for s in ('train', 'val', 'test')}
-    retriever = PairRetriever.build(frame, TARGET, model, tokenizer, LAYER, cache)
+    retriever = PairRetriever.build(frame, TARGET, model, tokenizer, layer, cache)
     grid, config = AnswerGrid(tokenizer, prefix=ANSWER_PREFIX), TrainingConfig(**{**BASE, **settings, 'seed': seed})
     history, seconds = [], dict(prepare=time.perf_counter() - start)
     if train:
-        near = {s: retriever.neighbours(sides[s], k)[0] if k else None for s in ('train', 'val')}
-        rows = {s: TrainingRows(sides[s], TARGET, config, near[s]) for s in near}
+        rows = TrainingRows(sides['train'], TARGET, config, retriever.neighbours(sides['train'], k)[0] if k else None)
         model = retriever.model = add_lora(model, config.lora_r, config.lora_alpha, last_layers=config.lora_last_layers, seed=seed)
-        trainer = make_trainer(model, grid, rows['train'], config, rows['val'], save_strategy='no', load_best_model_at_end=False, disable_tqdm=True)
+        trainer = make_trainer(model, grid, rows, config, cls=LinearHead if head else RegressionAugmentedTrainer, save_strategy='no', disable_tqdm=True)
         trainer.train()
         history, seconds['train'] = trainer.state.log_history, time.perf_counter() - start - seconds['prepare']
     predictor = CorrelationPredictor(model, grid, retriever, k)
     held_out = pd.concat([sides['val'], sides['test']] if test else [sides['val']], ignore_index=True)
     found, gaps = predictor.neighbours(held_out, MIXTURE_NEIGHBOURS)
-    dist = predictor.model_distribution(held_out, found)
+    if head: # asked in the order of the rows
+        asked = TrainingRows(held_out, TARGET, config, [n[:k] for n in found])
+        dist = AnswerDistribution(grid.values, torch.tensor(trainer.predict(asked).predictions))
+    else: dist = predictor.model_distribution(held_out, found)
     values, distances = neighbour_arrays(found, gaps)
     val, y = (held_out.split == 'val').to_numpy(), held_out[TARGET].to_numpy()
     mixture = fit_mixture(dist[torch.tensor(val)], values[val], distances[val], y[val])
@@ -72,7 +91,7 @@ def experiment(dataset: str, k: int=0, seed: int=0, train: bool=True, test: bool
     keep = [c for c in ('id', 'contract_a_title', 'contract_b_title', 'contract_a_id', 'contract_b_id', 'contract_a_event_id', 'contract_b_event_id', 'split', 'novelty', TARGET,
                         'true_correlation', 'fisher_z_se', 'price_correlation_se', 'pair_kind') if c in held_out]
     return dict(rows=held_out[keep], baselines=baselines, log_probs=dist.log_probs.numpy(), values=values, distances=distances, mixture=asdict(mixture),
-                history=history, seconds=seconds, n_train=len(sides['train']), settings=dict(dataset=dataset, k=k, seed=seed, train=train, test=test, **settings))
+                history=history, seconds=seconds, n_train=len(sides['train']), settings=dict(dataset=dataset, k=k, seed=seed, train=train, test=test, head=head, layer=layer, **settings))
 
 def save(path: Path, result: dict):
     "One .npz without pickle"
@@ -82,9 +101,34 @@ def save(path: Path, result: dict):
                         facts=np.array(json.dumps(text)))
     atomic_write(path, buffer.getvalue())
 
+def read(path: Path) -> dict:
+    "A saved result: settings, rows with baselines, points and distributions of the model, its mixture with the neighbours, and the neighbours alone"
+    with np.load(path, allow_pickle=False) as f:
+        facts, rows = json.loads(str(f['facts'])), pd.read_parquet(io.BytesIO(f['rows'].tobytes()))
+        model, near = AnswerDistribution(torch.arange(-100, 101)/100, torch.tensor(f['log_probs'])), (f['values'], f['distances'])
+    mixture = Mixture(**facts.pop('mixture'))
+    voices = dict(model=model, mixture=mixture(model, *near), neighbours=replace(mixture, model_weight=0)(model, *near))
+    return dict(facts, name=path.stem, rows=rows, mixture=mixture, voices=voices)
+
+def pooled(results: list[dict], side: str) -> tuple[pd.DataFrame, dict, dict]:
+    "Rows of one side of several results, point forecasts by method, and distributions by voice"
+    picks = [(r, torch.tensor((r['rows'].split == side).to_numpy())) for r in results]
+    rows = pd.concat([r['rows'][i.numpy()] for r, i in picks], ignore_index=True)
+    voices = {v: AnswerDistribution(torch.arange(-100, 101)/100, torch.cat([r['voices'][v].log_probs[i] for r, i in picks])) for v in results[0]['voices']}
+    baselines = {c.removeprefix('baseline_'): rows[c].to_numpy() for c in rows if c.startswith('baseline_')}
+    return rows, baselines | {v: d.mean.numpy() for v, d in voices.items()}, voices
+
+def table(rows: pd.DataFrame, points: dict, voices: dict, target: str=TARGET) -> pd.DataFrame:
+    "Metrics of each method; of the voices also CRPS, coverage and width of the intervals, and the MAE of median and mode"
+    lines = {name: regression_metrics(rows[target], p) for name, p in points.items()}
+    for name, d in voices.items():
+        lines[name] |= distribution_metrics(d.probs, d.values, rows[target])
+        lines[name] |= {f'mae_{point}': np.abs(getattr(d, point).numpy() - rows[target]).mean() for point in ('median', 'mode')}
+    return pd.DataFrame(lines).T.infer_objects()
+
 if __name__ == '__main__':
-    from learning_plan import PLAN
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 2)))
+    from learning_plan import PLAN
     results, pattern = Path(sys.argv[1]), (sys.argv[2:] or ['*'])[0]
     for name, settings in PLAN.items():
         path = results/f'{name}.npz'
