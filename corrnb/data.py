@@ -363,6 +363,7 @@ def limit_pairs(pairs: pd.DataFrame,     # with `split`
                ) -> pd.DataFrame:        # fewer rows in the same order, `novelty` counted again
     "At most so many rows of each side, chosen by content and seed"
     if (train or 0) < 0 or (held_out or 0) < 0: raise ValueError(f'limits are 0 or more, not {train} and {held_out}')
+    pairs = pairs.reset_index(drop=True)
     limits = pairs.split.map({'train': train, 'val': held_out, 'test': held_out}).astype(float).replace(0, np.nan)
     chosen = pairs[limits.notna()]
     lot = pd.Series([content_hash(seed, k, i) for k, i in zip(_pair_keys(chosen)[:, 0], chosen.id)], index=chosen.index, dtype=object)

@@ -22,10 +22,15 @@ def _need(frame, what, *columns):
     if missing := set(columns) - set(frame): raise ValueError(f"{what} lack the column(s) {sorted(missing)}")
 
 def _utc(ts: pd.Series) -> pd.Series:
-    "Times as UTC; without a zone they are taken as UTC. ValueError on numbers, which do not say whether they count seconds or days"
+    "Times as UTC, NaT for what is no time. ValueError on numbers, which do not say whether they count seconds or days"
     if pd.api.types.is_numeric_dtype(ts):
         raise ValueError("ts holds numbers, not times: convert them first, e.g. with pd.to_datetime(ts, unit='s', utc=True)")
-    return pd.to_datetime(ts, utc=True, format="ISO8601")
+    return pd.to_datetime(ts, utc=True, format="ISO8601", errors="coerce")
+
+def _gap(max_gap):
+    "A length of time as NumPy's; ValueError if it is none"
+    try: return None if max_gap is None else pd.Timedelta(max_gap).to_timedelta64()
+    except ValueError: raise ValueError(f"max_gap is {max_gap!r}, not a length of time such as '3D' or '12h'") from None
 
 def price_table(
     prices: pd.DataFrame,         # long: contract_id, ts (time; UTC where it has no zone), price (a missing one is no observation)
@@ -36,17 +41,18 @@ def price_table(
     if transform not in ("level", "logit"): raise ValueError(f"transform must be 'level' or 'logit', not {transform!r}")
     _need(prices, "prices", "contract_id", "ts", "price")
     long = prices[["contract_id", "ts", "price"]].dropna(subset="price")
-    value = pd.to_numeric(long["price"], errors="coerce").astype(float)
+    value, times = pd.to_numeric(long["price"], errors="coerce").astype(float), _utc(long["ts"])
     def refuse(bad, why):
         if bad.any():
             row = long[bad].iloc[0]
             raise ValueError(f"contract {row.contract_id!r} at {row.ts}: {why.format(price=row.price)} ({bad.sum()} such rows)")
     refuse(long["ts"].isna() | long["contract_id"].isna(), "a price needs a contract_id and a time")
+    refuse(times.isna(), "not a time (ISO 8601)")
     refuse(~np.isfinite(value), "the price {price} is not a finite number")
     if bounds is not None: refuse(~value.between(*bounds), f"the price {{price}} is outside of [{bounds[0]:g}, {bounds[1]:g}]")
     if transform == "logit":
         refuse(~value.between(0, 1, "neither"), "the price {price} has no logit, it must lie strictly between 0 and 1 (leave pay-offs out)")
-    long = _last_of_each(long.assign(ts=_utc(long["ts"]), price=logit(value) if transform == "logit" else value))
+    long = _last_of_each(long.assign(ts=times, price=logit(value) if transform == "logit" else value))
     return long.pivot(index="ts", columns="contract_id", values="price")
 
 def _last_of_each(long: pd.DataFrame) -> pd.DataFrame:
@@ -69,9 +75,8 @@ def common_changes(
 ):                               # of each block: number of its pairs, and for each change its pair (counted within the block) and
                                  # how much both contracts changed, sorted by pair and time
     "Changes between consecutive times at which both contracts of a pair have a price, in blocks of pairs."
-    values, times, gap = np.ascontiguousarray(table.to_numpy().T), table.index, None
-    if max_gap is not None: gap = pd.Timedelta(max_gap).to_timedelta64()
-    times, seen, size = times.tz_localize(None).to_numpy(), ~np.isnan(values), max(1, cells // max(1, len(times)))
+    values, times, gap = np.ascontiguousarray(table.to_numpy().T), table.index.tz_localize(None).to_numpy(), _gap(max_gap)
+    seen, size = ~np.isnan(values), max(1, cells // max(1, len(times)))
     for first in range(0, len(ends), size):
         a, b = ends[first:first + size].T
         pair, when = np.divmod(np.flatnonzero(seen[a] & seen[b]), max(1, len(times)))
@@ -149,7 +154,7 @@ def pair_correlations(
     rho = found.pop("price_correlation").where(reason == "")
     z_se, rho_se = correlation_errors(rho, found["n_changes"])
     ids = ids.assign(price_correlation=rho, fisher_z_se=np.where(reason == "", z_se, np.nan), price_correlation_se=rho_se)
-    return ids.join(found).assign(reason=reason)
+    return pd.concat([ids, found], axis=1).assign(reason=reason)
 
 def _pair_ends(table, pairs) -> tuple:  # (n_pairs, 2) columns of `table`, -1: none; frame of contract_a_id, contract_b_id
     "Where the contracts of each pair are in the table"
@@ -187,7 +192,7 @@ def label_reliability(
     if rho.shape != se.shape: raise ValueError(f"{len(rho)} labels, but {len(se)} standard errors")
     if (bad := np.flatnonzero(~(np.isfinite(rho) & np.isfinite(se) & (se > 0)))).size:
         raise ValueError(f"row {bad[0]}: label {rho[bad[0]]:g} with standard error {se[bad[0]]:g} ({bad.size} such rows)")
-    var, error = (rho.var(ddof=1) if len(rho) > 1 else np.nan), np.mean(se**2)
+    var, error = (rho.var(ddof=1), np.mean(se**2)) if len(rho) > 1 else (np.nan, np.nan)
     return dict(n=len(rho), sd=float(np.sqrt(var)), rms_se=float(np.sqrt(error)), reliability=float(1 - error / var) if var > 0 else np.nan)
 
 # %% ../nbs/03_labels.ipynb #6204c066
