@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'NOVELTY', 'clean_text', 'text_key', 'pair_key', 'PairError', 'check_pairs', 'read_pairs', 'contract_groups',
-           'add_novelty', 'split_pairs', 'split_report', 'limit_pairs', 'to_datasets']
+           'title_form', 'add_novelty', 'split_pairs', 'split_report', 'contract_kfold', 'limit_pairs', 'to_datasets']
 
 # %% ../nbs/02_data.ipynb #93c63e09
 import csv, html, re, unicodedata, warnings
@@ -170,45 +170,88 @@ def read_pairs(source: str|Path,          # 'database', or a .csv or .parquet fi
     return check_pairs(pairs if contracts is None else _add_events(pairs, contracts), target)
 
 # %% ../nbs/02_data.ipynb #789ee856
-def contract_groups(pairs: pd.DataFrame,
-                    events: bool=True    # also link the contracts of one event
-                   ) -> np.ndarray:      # (rows, 2): name of the group of contract a and of contract b
-    "Groups of contracts that share an id, a title or an event"
-    titles = [f'title {c}' for s in 'ab' for c in pairs[f'contract_{s}_title'].map(text_key)]
-    links = []
+def _codes(pairs: pd.DataFrame, column: str,  # 'title', 'id', 'event_id'
+           name=str                           # makes the name of a value; equal names are one thing
+          ) -> tuple:                         # (rows, 2) numbers for contract a and b, -1: missing; what they stand for
+    "A column of both contracts as numbers; `name` is called once for each different value"
+    values = pd.concat([pairs[f'contract_{s}_{column}'] for s in 'ab'])
+    raw, seen = pd.factorize(values.fillna('') if column == 'title' else values)
+    code, names = pd.factorize(np.array([name(v) for v in seen], dtype=object))
+    return np.append(code, -1)[raw].reshape(2, -1).T, names
+
+def _group_codes(pairs, events=True, forms=False) -> tuple:  # (rows, 2) numbers; the group names they stand for
+    "`contract_groups` as numbers"
+    text, keys = _codes(pairs, 'title', text_key)
+    names, links = [f'title {k}' for k in keys], [np.empty((0, 2), dtype=int)]
+    def link(nodes, code, kind, values):
+        links.append(np.column_stack([nodes, code + len(names)])[code >= 0])
+        names.extend(f'{kind} {v}' for v in values)
     for kind in ('id', 'event_id') if events else ('id',):
-        values = [v for s in 'ab' for v in pairs.get(f'contract_{s}_{kind}', pd.Series(None, index=pairs.index, dtype=object))]
-        links += [(t, f'{kind} {v}') for t, v in zip(titles, values) if pd.notna(v)]
-    codes, nodes = pd.factorize(np.array(titles + [end for link in links for end in link], dtype=object), sort=True)
-    ends = codes[len(titles):].reshape(-1, 2)
-    edges = coo_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(len(nodes), len(nodes)))
-    _, label = connected_components(edges, directed=False)
-    names = nodes[np.unique(label, return_index=True)[1]].astype(str)  # nodes are sorted: each group is named by its first one
-    return names[label[codes[:len(titles)]]].reshape(2, -1).T
+        if f'contract_a_{kind}' in pairs:
+            code, values = _codes(pairs, kind)
+            link(text.ravel(), code.ravel(), kind, values)
+    if forms:
+        code, values = pd.factorize(np.array([title_form(k) for k in keys], dtype=object))
+        link(np.arange(len(keys)), code, 'form', values)
+    a, b = np.divmod(pd.unique(np.concatenate(links) @ [len(names), 1]), max(1, len(names)))
+    _, label = connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(len(names), len(names))), directed=False)
+    order = np.argsort(np.array(names, dtype=object))           # each group is named by the first of its sorted names
+    _, first = np.unique(label[order], return_index=True)
+    return label[text], np.array(names, dtype=object)[order[first]]
+
+def contract_groups(pairs: pd.DataFrame,
+                    events: bool=True,   # also link the contracts of one event
+                    forms: bool=False    # also link titles of one form, see `title_form`
+                   ) -> np.ndarray:      # (rows, 2): name of the group of contract a and of contract b
+    "Groups of contracts that share an id, a title, an event, or the form of a title"
+    code, names = _group_codes(pairs, events, forms)
+    return names[code]
+
+# %% ../nbs/02_data.ipynb #4ff9b980
+_month = ('jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?'
+          '|nov(?:ember)?|dec(?:ember)?')
+_weekday = 'mon(?:day)?|tue(?:s(?:day)?)?|wed(?:nesday)?|thu(?:rs?(?:day)?)?|fri(?:day)?|sat(?:urday)?|sun(?:day)?'
+_figure = (r'[-+]?[$€£¥]?\d+(?:[.,:/–-]\d+)*(?:st|nd|rd|th|k|m|mn|b|bn|t|tn|bps|am|pm|°?[cf]|\s?%'
+           r'|\s(?:thousand|million|billion|trillion|percent))?\+?')
+_varying = re.compile(rf'(?<!\w)(?:{_month}|{_weekday}|[qh][1-4]|fy\d+|{_figure})(?!\w)')
+
+def title_form(text) -> str:   # `text_key` itself where nothing else is left
+    "What is left of a text without numbers, months, weekdays and years; # stands for them"
+    key = text_key(text)
+    form = re.sub(r'#(?:[\s,./()-]*#)+', '#', _varying.sub('#', key))
+    return form if re.search(r'[^\W_]', form) else key
 
 # %% ../nbs/02_data.ipynb #e213b60f
-def _deal(groups: np.ndarray,   # (rows, 1 or 2): names of the groups that a row belongs to
-          fractions: tuple,     # wanted shares of the rows in train, val, test
-          seed: int
-         ) -> np.ndarray:       # 'train', 'val' or 'test' for each row; `PairError` if there are too few groups
-    "Sides of the rows: groups in hash order, cut where the shares of the rows come nearest to the wanted ones"
+def _cut(place: np.ndarray,    # (rows,) numbers: where each row stands in the order
+         fractions: tuple,     # wanted shares of the rows in train, val, test
+         hint: str             # what to do if there are too few places
+        ) -> np.ndarray:       # 'train', 'val' or 'test' for each row; `PairError` if there are fewer than three places
+    "Cut an order of the rows where the shares come nearest to the wanted ones; rows of one place stay together"
     if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f'fractions are the positive shares of train, val and test and sum to 1, not {fractions}')
-    names, index = np.unique(groups, return_inverse=True)
-    index = index.reshape(groups.shape)
-    rows_of = np.bincount(index[:, 0], minlength=len(names))
-    if index.shape[1] == 2: rows_of += np.bincount(index[index[:, 0] != index[:, 1], 1], minlength=len(names))
-    large = rows_of > min(fractions[1:]) * len(groups)
-    order = sorted(range(len(names)), key=lambda i: (not large[i], content_hash(seed, names[i])))
-    last = np.argsort(order)[index].max(axis=1)
-    ends, counts = np.unique(last, return_counts=True)
-    if len(ends) < 3:
-        raise PairError([f'{len(groups)} rows form {len(ends)} separate groups, too few for train, val and test: '
-                         'add pairs of other contracts, split by "random", or give a `split` column'])
-    share = counts.cumsum() / len(groups)
+    ends, counts = np.unique(place, return_counts=True)
+    if len(ends) < 3: raise PairError([f'{len(place)} rows form {len(ends)} separate groups, too few for train, val and test: {hint}'])
+    share = counts.cumsum() / len(place)
     train = np.abs(share[:-2] - fractions[0]).argmin()
     val = train + 1 + np.abs(share[train+1:-1] - fractions[0] - fractions[1]).argmin()
-    return np.array(SIDES)[np.searchsorted(ends[[train, val]], last)]
+    return np.array(SIDES, dtype=object)[np.searchsorted(ends[[train, val]], place)]
+
+def _order(groups: np.ndarray, # (rows, 1 or 2): names of the groups that a row belongs to
+           large: float,       # groups in more than this share of the rows come first
+           *seed               # what the order depends on beside the names
+          ) -> tuple:          # groups of the rows as numbers by hash order, same shape; how many rows each takes part in
+    "Hash order of the groups"
+    code, names = pd.factorize(groups.ravel())
+    code = code.reshape(groups.shape)
+    size = np.bincount(code[:, 0], minlength=len(names))
+    if code.shape[1] == 2: size += np.bincount(code[code[:, 0] != code[:, 1], 1], minlength=len(names))
+    order = sorted(range(len(names)), key=lambda i: (size[i] <= large * len(groups), content_hash(*seed, names[i])))
+    return np.argsort(order)[code], size[order]
+
+def _deal(groups, fractions, seed):
+    "Sides of the rows, 'train', 'val' or 'test': each row stands where the later of its groups does"
+    place, _ = _order(groups, min(fractions[1:], default=0), seed)
+    return _cut(place.max(axis=1), fractions, 'add pairs of other contracts, split by "random", or give a `split` column')
 
 # %% ../nbs/02_data.ipynb #dece6370
 NOVELTY = ('seen', 'one_new', 'both_new')
@@ -216,18 +259,51 @@ NOVELTY = ('seen', 'one_new', 'both_new')
 def add_novelty(pairs: pd.DataFrame   # with `split`
                ) -> pd.DataFrame:     # with `novelty`: 'seen', 'one_new' or 'both_new'
     "Count for each pair how many of its contracts are in no training pair"
-    groups = contract_groups(pairs, events=False)
-    new = ~np.isin(groups, groups[(pairs.split == 'train').to_numpy()])
-    return pairs.assign(novelty=np.array(NOVELTY, dtype=object)[new.sum(axis=1)])
+    code, names = _group_codes(pairs, events=False)
+    return pairs.assign(novelty=_novelty(code, len(names), (pairs.split == 'train').to_numpy()))
+
+def _novelty(code, n_groups, train) -> np.ndarray:
+    "Novelty of the rows, from their groups as numbers and which of them are training rows"
+    known = np.zeros(n_groups, dtype=bool)
+    known[code[train]] = True
+    return np.array(NOVELTY, dtype=object)[(~known[code]).sum(axis=1)]
 
 # %% ../nbs/02_data.ipynb #ccb1809b
+def _pair_codes(pairs, name=text_key) -> tuple:  # (rows,) numbers; (pairs of texts, 2) the names of both texts, sorted
+    "Unordered pairs of titles as numbers; `name` says which titles are the same"
+    code, names = _codes(pairs, 'title', name)
+    pair, seen = pd.factorize(code.min(axis=1) * len(names) + code.max(axis=1))
+    return pair, np.sort(names[np.column_stack(np.divmod(seen, max(1, len(names))))], axis=1)
+
+def _pair_keys(pairs, name=text_key) -> np.ndarray:  # (rows, 1)
+    "`pair_key` of each row, computed once for each pair of texts"
+    pair, names = _pair_codes(pairs, name)
+    return np.array([content_hash(a, b) for a, b in names], dtype=object)[pair][:, None]
+
+# %% ../nbs/02_data.ipynb #a41acb05
+def _times(pairs: pd.DataFrame) -> pd.Series:
+    "When each pair came up; `PairError` if that is not known for all of them"
+    opened = ['contract_a_open_date', 'contract_b_open_date']
+    columns = ['created_at'] if 'created_at' in pairs and pairs.created_at.notna().any() else opened
+    if missing := [c for c in columns if c not in pairs]: raise PairError([f'a split by time needs created_at, or {" and ".join(opened)}'])
+    times = pd.DataFrame({c: pd.to_datetime(pairs[c], utc=True, format='ISO8601', errors='coerce') for c in columns})
+    lost = np.flatnonzero(times.isna().any(axis=1))
+    if len(lost):
+        said = [', '.join(f'{c} is {pairs[c].iloc[i]!r}' for c in columns if pd.isna(times[c].iloc[i])) for i in lost]
+        raise PairError([f'row {i + 1} (id {pairs["id"].iloc[i]}): {s}' for i, s in zip(lost, said)],
+                        f'{len(lost)} of {len(pairs)} rows have no time to split by:')
+    return times.max(axis=1)
+
+# %% ../nbs/02_data.ipynb #13b80303
 def split_pairs(pairs: pd.DataFrame,          # checked pairs
-                by: str='contract',           # 'contract' or 'random'; ignored if the pairs have a `split` column
+                by: str='contract',           # 'contract', 'random' or 'time'; ignored if the pairs have a `split` column
                 fractions: tuple=(0.7, 0.15, 0.15),  # wanted shares of the pairs in train, val, test
-                seed: int=0
+                seed: int=0,                  # another seed, another split (a split by time has no choice)
+                forms: bool=False             # keep titles of one form on one side (by contract: contracts, by random: pairs)
                ) -> pd.DataFrame:             # with `split` and `novelty`; `PairError` if a side would be empty
     "Split pairs into train, val and test by content and seed, whatever the order of the rows"
-    if by not in ('contract', 'random'): raise ValueError(f"by is 'contract' or 'random', not {by!r}")
+    if by not in ('contract', 'random', 'time'): raise ValueError(f"by is 'contract', 'random' or 'time', not {by!r}")
+    if by == 'time' and forms: raise ValueError('forms are kept together in splits by contract or random, not by time')
     if 'split' in pairs and pairs.split.notna().any():
         if unknown := sorted(set(map(str, pairs.split)) - set(SIDES)):
             raise PairError([f'split holds {", ".join(unknown)}, not only train, val and test'])
@@ -236,25 +312,48 @@ def split_pairs(pairs: pd.DataFrame,          # checked pairs
                              'add some, or remove the column to have corrnb split'])
         print('the `split` column of the data is used')
         return add_novelty(pairs)
-    if by == 'contract': groups = contract_groups(pairs)
-    else: groups = np.array([[pair_key(a, b)] for a, b in zip(pairs.contract_a_title, pairs.contract_b_title)])
-    return add_novelty(pairs.assign(split=_deal(groups, fractions, seed).astype(object)))
+    if by == 'time': sides = _cut(pd.factorize(_times(pairs), sort=True)[0], fractions, 'nearly all of them have the same time')
+    elif by == 'contract': sides = _deal(contract_groups(pairs, forms=forms), fractions, seed)
+    else: sides = _deal(_pair_keys(pairs, title_form if forms else text_key), fractions, seed)
+    return add_novelty(pairs.assign(split=sides))
 
 # %% ../nbs/02_data.ipynb #1d9ba26c
 def split_report(pairs: pd.DataFrame   # with `split` and `novelty`
                 ) -> pd.DataFrame:     # a row a side: rows, contracts, rows by novelty; what is also in training pairs:
-                                       # contracts, and rows whose two texts are
+                                       # contracts, rows whose two texts are, rows whose two texts are but for numbers and dates
     "What is in the sides of a split, and what they share with training"
-    groups = contract_groups(pairs, events=False)
-    keys = np.array([pair_key(a, b) for a, b in zip(pairs.contract_a_title, pairs.contract_b_title)])
-    train, report = (pairs.split == 'train').to_numpy(), {}
-    for side in SIDES:
+    groups, report = _group_codes(pairs, events=False)[0], {}
+    texts, forms = _pair_codes(pairs)[0], _pair_codes(pairs, title_form)[0]
+    train = (pairs.split == 'train').to_numpy()
+    for side in [s for s in SIDES if (pairs.split == s).any()]:
         rows = (pairs.split == side).to_numpy()
         report[side] = dict(rows=rows.sum(), contracts=len(np.unique(groups[rows])),
                             **{n: (pairs.novelty[rows] == n).sum() for n in NOVELTY})
         if side != 'train': report[side] |= dict(shared_contracts=len(np.intersect1d(groups[rows], groups[train])),
-                                                 shared_texts=np.isin(keys[rows], keys[train]).sum())
+                                                 shared_texts=np.isin(texts[rows], texts[train]).sum(),
+                                                 shared_forms=np.isin(forms[rows], forms[train]).sum())
     return pd.DataFrame(report).T.rename_axis('split').astype('Int64')
+
+# %% ../nbs/02_data.ipynb #481e59b7
+def contract_kfold(pairs: pd.DataFrame,  # checked pairs
+                   k: int=5,             # folds, at least 2
+                   seed: int=0,          # another seed, other folds
+                   forms: bool=False     # keep titles of one form together
+                  ):                     # of each fold a frame with `split` ('train' or 'test') and `novelty`, indexed like `pairs`;
+                                         # a fold without training or without test rows is left out
+    "Cross-validation by contract: folds depend on content and seed, not on the order of the rows"
+    if k < 2: raise ValueError(f'k is {k}, but cross-validation needs at least 2 folds')
+    place, size = _order(contract_groups(pairs, forms=forms), 1/k, 'fold', seed)
+    fold, rows = np.zeros(len(size), dtype=int), np.zeros(k, dtype=int)
+    for group, n in enumerate(size):
+        fold[group] = rows.argmin()
+        rows[fold[group]] += n
+    code, names = _group_codes(pairs, events=False)
+    for f in range(k):
+        test = (fold[place] == f).any(axis=1)
+        if 0 < test.sum() < len(test):
+            side = np.where(test, 'test', 'train').astype(object)
+            yield pd.DataFrame({'split': side, 'novelty': _novelty(code, len(names), ~test)}, index=pairs.index)
 
 # %% ../nbs/02_data.ipynb #d1ade064
 def limit_pairs(pairs: pd.DataFrame,     # with `split`
@@ -264,11 +363,12 @@ def limit_pairs(pairs: pd.DataFrame,     # with `split`
                ) -> pd.DataFrame:        # fewer rows in the same order, `novelty` counted again
     "At most so many rows of each side, chosen by content and seed"
     if (train or 0) < 0 or (held_out or 0) < 0: raise ValueError(f'limits are 0 or more, not {train} and {held_out}')
-    rows = zip(pairs.contract_a_title, pairs.contract_b_title, pairs.id)
-    lot = pd.Series([content_hash(seed, pair_key(a, b), i) for a, b, i in rows], index=pairs.index)
-    place = lot.groupby(pairs.split).rank(method='first')
-    limit = pairs.split.map({'train': train or np.inf, 'val': held_out or np.inf, 'test': held_out or np.inf})
-    return add_novelty(pairs[place <= limit].reset_index(drop=True))
+    pairs = pairs.reset_index(drop=True)
+    limits = pairs.split.map({'train': train, 'val': held_out, 'test': held_out}).astype(float).replace(0, np.nan)
+    chosen = pairs[limits.notna()]
+    lot = pd.Series([content_hash(seed, k, i) for k, i in zip(_pair_keys(chosen)[:, 0], chosen.id)], index=chosen.index, dtype=object)
+    place = lot.groupby(chosen.split).rank(method='first')
+    return add_novelty(pairs[~(place.reindex(pairs.index) > limits)].reset_index(drop=True))
 
 # %% ../nbs/02_data.ipynb #72617184
 def to_datasets(pairs: pd.DataFrame   # with `split`

@@ -17,7 +17,7 @@ import pandas as pd
 from scipy.special import expit, logit
 from sqlalchemy import Engine
 from .config import content_hash
-from .labels import pair_correlations
+from .labels import LABELS, pair_correlations
 from .schema import Contract, ContractCorrelation, ContractPrice, create_tables, write_frame
 
 # %% ../nbs/04_demo.ipynb #01834eab
@@ -341,7 +341,7 @@ def simulate_market(
     for side in ("contract_a", "contract_b"):
         pairs = pairs.join(info[["title", "venue", "event_id"]].add_prefix(f"{side}_"), on=f"{side}_id")
     ends = pairs[["contract_a_id", "contract_b_id"]].to_numpy()
-    measured = pair_correlations(prices, pairs, transform="logit").drop(columns=["contract_a_id", "contract_b_id", "reason"])
+    measured = pair_correlations(prices, pairs, max_gap=None, transform="logit")[list(LABELS)]
     pairs["underlying_event_correlation"] = [true.at[a, b] for a, b in ends]
     pairs.insert(0, "id", [content_hash("demo", *sorted(e)) for e in ends])
     return Market(contracts, prices, pairs.join(measured).assign(is_active=True))

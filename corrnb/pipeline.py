@@ -529,6 +529,31 @@ def _predict(args, given, notebooks):
     prediction = CorrelationPredictor.from_run(folder).predict(*args.titles, explain=args.explain)
     print(prediction.answer.to_json() if args.json else prediction)
 
+def _add_label(sub):
+    "The parser of `label`; what is not given has the defaults of `corrnb.labels.make_labels` and `pair_correlations`"
+    help = 'measure how strongly contracts move together, from their prices'
+    p = sub.add_parser('label', help=help, description=help, argument_default=argparse.SUPPRESS)
+    def option(name, what, **how): p.add_argument(f'--{name}', help=what, **how)
+    option('prices', 'contract_id, ts, price (default: the table contract_prices)', metavar='FILE')
+    option('contracts', 'contract_id, title, venue, event_id (default: the table contracts)', metavar='FILE')
+    option('pairs', "contract_a_id, contract_b_id, or 'database' (default: all pairs)", metavar='FILE')
+    option('out', '.csv or .parquet (default: the table contract_correlations)', metavar='FILE')
+    option('transform', 'changes of the price or of its logit (default: level)', choices=['level', 'logit'])
+    option('max-gap', "leave out changes over more time, or 'none' (default: 3D)", metavar='TIME',
+           type=lambda s: None if s.lower() == 'none' else s)
+    for name, what in {'last': 'common observations to use, from the end (default: all)', 'min-changes': 'changes that a pair needs (default: 30)',
+                       'min-moves': 'changes that are not zero, in each contract (default: 15)',
+                       'min-joint-moves': 'changes that are not zero in both (default: 10)'}.items(): option(name, what, metavar='N', type=int)
+    option('max-share', 'part of the cross product that one interval may make (default: 0.5)', metavar='X', type=float)
+    option('bounds', 'lowest and highest possible price, such as 0 1 (default: any)', nargs=2, metavar='X', type=float)
+    option('verbose', 'show where an error came from', action='store_true')
+    p.set_defaults(do=_label)
+
+def _label(args, given, notebooks):
+    "Labels from prices"
+    from corrnb.labels import make_labels  # loads pandas and SQLAlchemy
+    make_labels(**{name: value for name, value in vars(args).items() if name not in ('do', 'verbose')})
+
 def _parser(epilog: str = ''):
     "The whole command line"
     parser = argparse.ArgumentParser('corrnb', description='How strongly do two tradable contracts move together?')
@@ -537,6 +562,7 @@ def _parser(epilog: str = ''):
     commands = [_add_run(sub, 'run', 'prepare the pairs, build the index, train and evaluate', epilog),
                 _add_run(sub, 'index', 'only as far as the index', epilog), _add_run(sub, 'train', 'only as far as the trained model', epilog),
                 _add_evaluate(sub, epilog), _add_predict(sub)]
+    _add_label(sub)
     for p in commands:
         p.add_argument('--runs-dir', default='runs', metavar='DIR', help='where run folders are (default: runs)')
         p.add_argument('--verbose', action='store_true', help='show what the notebooks print, and where an error came from')
@@ -551,7 +577,7 @@ def main(
     "The command `corrnb`"
     argv = sys.argv[1:] if argv is None else argv
     try:
-        parser = _parser(_parameter_table(notebooks) if {'-h', '--help'} & set(argv[1:]) and argv[0] != 'predict' else '')
+        parser = _parser(_parameter_table(notebooks) if {'-h', '--help'} & set(argv[1:]) and argv[0] not in ('predict', 'label') else '')
         args = parser.parse_args(argv)
         args.do(args, _given(parser, args) if hasattr(args, 'parameter') else {}, notebooks)
         return 0
