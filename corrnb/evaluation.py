@@ -21,7 +21,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import KernelCenterer, StandardScaler
 from .config import atomic_write
-from .data import contract_groups
+from .data import contract_groups, contract_kfold
 
 # %% ../nbs/13_evaluation.ipynb #fb89d504
 def _checked(**columns): # array-likes by name, all of one length
@@ -113,11 +113,9 @@ def contract_folds(
     seed=0, # seed of the deal
 ) -> list[tuple[np.ndarray, np.ndarray]]: # (training positions, validation positions) of each usable fold
     "Cross-validation folds in which no group of a validation pair's held-out side occurs in training."
-    names, codes = np.unique(contract_groups(rows), return_inverse=True)
-    fold = np.random.default_rng(seed).permutation(np.arange(len(names)) % n_folds)[codes.reshape(-1, 2)]
-    held_out = [(fold == f).any(axis=1) for f in range(n_folds)]
-    folds = [(np.flatnonzero(~h), np.flatnonzero(h)) for h in held_out]
-    return [(t, v) for t, v in folds if len(t) >= 2 and len(v)]
+    sides = [fold.split.to_numpy() for fold in contract_kfold(rows, n_folds, seed)]
+    folds = [(np.flatnonzero(side == "train"), np.flatnonzero(side == "test")) for side in sides]
+    return [(t, v) for t, v in folds if len(t) >= 2]
 
 # %% ../nbs/13_evaluation.ipynb #cd6eff31
 def _words(text): return re.findall(r"\w+", text.lower()) or [text]

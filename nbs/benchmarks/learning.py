@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from corrnb.answers import AnswerDistribution, AnswerGrid
-from corrnb.config import Settings, atomic_write, content_hash
-from corrnb.data import check_pairs, contract_groups, read_pairs, split_pairs
+from corrnb.config import Settings, atomic_write
+from corrnb.data import check_pairs, contract_kfold, read_pairs, split_pairs
 from corrnb.demo import simulate_market
 from corrnb.evaluation import baseline_predictions, distribution_metrics, regression_metrics
 from corrnb.inference import MIXTURE_NEIGHBOURS, CorrelationPredictor, Mixture, fit_mixture
@@ -25,15 +25,12 @@ BASE = dict(num_train_epochs=3, per_device_train_batch_size=4, learning_rate=1e-
             prompt_variants=2, neighbour_dropout=0.1)
 
 
-def contract_split(pairs: pd.DataFrame, fold: int, val_share=0.15) -> pd.DataFrame:
-    "Sides of one contract fold: a pair with a contract of the fold is a test row, of the rest one with a validation contract a validation row"
-    groups = contract_groups(pairs)
-    names = sorted(set(groups.ravel()), key=lambda n: content_hash('folds', n))
-    test = set(names[fold::FOLDS])
-    rest = sorted(set(names) - test, key=lambda n: content_hash('validation', fold, n))
-    val = set(rest[:round(val_share*len(rest))])
-    def touches(side): return np.array([a in side or b in side for a, b in groups])
-    return pairs.assign(split=np.select([touches(test), touches(val)], ['test', 'val'], 'train'))
+def contract_split(pairs: pd.DataFrame, fold: int) -> pd.DataFrame:
+    "Sides of one contract fold: of what is not test, one of seven inner contract folds is for validation"
+    pairs = pairs.assign(split=list(contract_kfold(pairs, FOLDS))[fold].split)
+    rest = pairs[pairs.split == 'train']
+    inner = next(contract_kfold(rest, 7, seed=fold))
+    return pairs.assign(split=inner.split.replace('test', 'val').reindex(pairs.index).fillna(pairs.split))
 
 def data(name: str) -> pd.DataFrame:
     "Pairs with their sides: 'futures-0' to 'futures-4' (contract folds), 'events' and 'market' (one contract split)"
