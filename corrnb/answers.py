@@ -89,11 +89,11 @@ def plot(self: AnswerDistribution, level: float=0.9, ax=None):
 def _plot_row(dist, edges, level, ax):
     "Area under the probabilities of one row"
     lo, hi = dist.interval(level)
-    ax.axvspan(lo.item(), hi.item(), color='tab:gray', alpha=.15, lw=0, label=f'{level:.0%} in [{lo:.2f}, {hi:.2f}]')
+    ax.axvspan(lo.item(), hi.item(), color='tab:gray', alpha=.15, lw=0, label=f'{level:.0%} interval\n[{lo:.2f}, {hi:.2f}]')
     ax.stairs(dist.probs.detach().float().cpu(), edges, fill=True, alpha=.5)
     ax.axvline(dist.mean.item(), color='tab:orange', label=f'mean {dist.mean:.2f}')
     ax.set(ylabel='probability', ylim=(0, None))
-    ax.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+    ax.legend(loc='upper left', bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
 
 def _plot_rows(dist, edges, level, ax):
     "Strips of several rows, each shaded relative to its own most probable value"
@@ -117,7 +117,7 @@ def figure_png(fig  # of matplotlib
 @patch
 def _repr_png_(self: AnswerDistribution):
     "What Jupyter shows"
-    if not self.log_probs.numel(): return None
+    if not self.log_probs.numel() or self.log_probs.dim() > 2: return None
     fig = Figure(figsize=(7, 2.2 if self.log_probs.dim() == 1 else 0.7 + 0.28*min(len(self), SHOWN_ROWS)))
     self.plot(ax=fig.subplots())
     return figure_png(fig)
