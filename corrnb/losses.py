@@ -12,20 +12,23 @@ from .answers import AnswerDistribution
 # %% ../nbs/10_losses.ipynb #ea41f042
 def soft_targets(values: torch.Tensor,  # grid of correlations, ascending, (n_values,)
                  y: torch.Tensor,       # labels in [-1, 1], (rows,)
-                 z_se: torch.Tensor     # standard error of atanh(label), (rows,); 0 for an exact label
+                 z_se: torch.Tensor,    # standard error of atanh(label), (rows,); 0 for an exact label
+                 transform=torch.atanh  # increasing, to the scale of the standard error; for other numbers than correlations
                 ) -> torch.Tensor:      # (rows, n_values), each row sums to 1
-    "Probability of each grid cell under a Gaussian around the label in Fisher z"
-    edges = torch.atanh((values[1:] + values[:-1]).div(2).double())
+    "Probability of each grid cell under a Gaussian around the label in Fisher z (Imani & White 2018); ValueError for a grid beyond [-1, 1]"
+    values = values.double()
+    edges, margin = transform((values[1:] + values[:-1])/2), (values[-1] - values[0])/2000     # atanh(1) is infinite
+    if not edges.isfinite().all(): raise ValueError('the grid goes beyond [-1, 1], where Fisher z ends: give another transform')
     limit = torch.tensor([float('inf')], dtype=edges.dtype, device=edges.device)
     edges = torch.cat([-limit, edges, limit])
-    z = torch.atanh(y.double().clamp(values[0].double() + 1e-3, values[-1].double() - 1e-3))[:, None]
+    z = transform(y.double().clamp(values[0] + margin, values[-1] - margin))[:, None]
     cells = torch.special.ndtr((edges - z)/z_se.double()[:, None].clamp_min(1e-6)).diff(dim=-1)
     return cells.float()
 
 def number_ce(log_probs: torch.Tensor,      # log p of each answer, not renormalized, (rows, n_values)
               targets: torch.Tensor         # index of the true answer (rows,), or a distribution on the grid (rows, n_values)
              ) -> torch.Tensor:             # (rows,)
-    "Cross-entropy of the number's string per row; also pushes probability onto the grid, as the mass off the grid is not renormalized away"
+    "Cross-entropy of the number's string per row; it also pushes probability onto the grid, as the mass off it is not renormalized away"
     if targets.dim() == 1: return -log_probs.gather(-1, targets[:, None])[:, 0]
     return -(targets*log_probs).sum(-1)
 
@@ -34,7 +37,8 @@ def token_ce(logits: torch.Tensor,  # (rows, columns, vocabulary): the column be
              labels: torch.Tensor   # (rows, columns), -100 where nothing is learned
             ) -> tuple[torch.Tensor, torch.Tensor]:
     "Sum of the cross-entropies of the labelled tokens, and their number"
-    ce = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction='sum')
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    ce = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction='sum')
     return ce, (labels != -100).sum()
 
 # %% ../nbs/10_losses.ipynb #3a944114
