@@ -6,13 +6,14 @@
 __all__ = ['MIXTURE_NEIGHBOURS', 'Prediction', 'Mixture', 'fit_mixture', 'CorrelationPredictor']
 
 # %% ../nbs/12_inference.ipynb #940e4593
-import html, io, json, math
+import html, json, math
 from base64 import b64encode
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
-from .answers import AnswerDistribution, AnswerGrid
+import numpy as np, pandas as pd, torch
+from matplotlib.figure import Figure
+from .answers import AnswerDistribution, AnswerGrid, figure_png
 from .config import Settings
 from .data import clean_text, text_key
 from .models import encode, load_model, load_tokenizer
@@ -58,14 +59,13 @@ class Prediction:
 # %% ../nbs/12_inference.ipynb #54de7355
 def _picture(prediction: Prediction) -> str:
     "The distribution as an HTML image"
-    fig, ax = plt.subplots(figsize=(6, 2.2))
+    fig = Figure(figsize=(6, 2.2))
+    ax = fig.subplots()
     prediction.distribution.plot(ax=ax)
     for n in prediction.neighbours: ax.axvline(n['value'], ymax=0.08, color='black')
     ax.set_title('Predictive distribution' + (' (ticks: similar pairs)' if prediction.neighbours else ''), fontsize=10)
     ax.set_xlabel('correlation')
-    fig.savefig(buffer := io.BytesIO(), format='png', bbox_inches='tight', dpi=80)
-    plt.close(fig)
-    return f'<img alt="predictive distribution" src="data:image/png;base64,{b64encode(buffer.getvalue()).decode()}">'
+    return f'<img alt="predictive distribution" src="data:image/png;base64,{b64encode(figure_png(fig)).decode()}">'
 
 def _repr_html_(self: Prediction) -> str:
     "What JupyterLab shows: sentence, picture, similar pairs"
