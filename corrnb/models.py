@@ -139,6 +139,8 @@ def _load(name, where, quantize, dtype, device, attn):
     model = _from_pretrained(AutoModelForCausalLM, name, where, dtype=dtype, attn_implementation=attn, device_map={'': device},
                              **(dict(quantization_config=nf4) if quantize else {}))
     model.config.name_or_path = name  # the adapter's config names its base by this, not by a folder of this machine
+    for m in model.modules():         # bitsandbytes' inference format for AVX-512 CPUs: after a forward pass in it, gradients are wrong
+        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
     return model.eval()
 
 # %% ../nbs/05_models.ipynb #be658466

@@ -290,37 +290,41 @@ class PairRetriever:
                  rag: SemanticRAG,          # index over the training rows
                  model,                     # the language model that embeds (its adapter is off while it does)
                  tokenizer,
-                 center: np.ndarray,        # (hidden,) mean vector of the training contracts
-                 layer: int=-1,             # hidden layer whose states are pooled
+                 center: np.ndarray,        # (n_layers, hidden) mean vectors of the training contracts
+                 layers: list[int]=(-1,),   # hidden layers whose states are pooled
                  cache_dir: Path|None=None  # for vectors of texts seen before
                 ):
         self.rag, self.model, self.tokenizer = rag, model, tokenizer
-        self.center, self.layer, self.cache_dir = center, layer, cache_dir
+        self.center, self.layers, self.cache_dir = center, list(layers), cache_dir
 
     @classmethod
     def build(cls, pairs: pd.DataFrame,  # with `split`; rows that are not 'train' are left out
-              target: str, model, tokenizer, layer: int=-1, cache_dir: Path|None=None):
+              target: str, model, tokenizer, layers: list[int]=(-1,), cache_dir: Path|None=None):
         "Embed the contracts of the training rows and index their pairs"
         train = pairs[pairs.split == 'train'] if len(pairs) else pairs
         if not len(train): raise ValueError('no training rows to index')
         titles = sorted(set(train.contract_a_title) | set(train.contract_b_title))
-        center = embed_texts(model, tokenizer, titles, layer, cache_dir=cache_dir).mean(0)
-        self = cls(SemanticRAG(), model, tokenizer, center, layer, cache_dir)
+        self = cls(SemanticRAG(), model, tokenizer, None, layers, cache_dir)
+        self.center = self._pooled(titles).mean(1)
         columns = [c for c in ('id', 'contract_a_title', 'contract_b_title', 'split', target) if c in train]
         self.rag.build_index(self.vectors(train), train[columns].to_dict('records'), target,
-                             self._fingerprint(model, layer, target, train))
+                             self._fingerprint(model, list(layers), target, train))
         return self
 
     @staticmethod
-    def _fingerprint(model, layer, target, train) -> dict:
+    def _fingerprint(model, layers, target, train) -> dict:
         "What the vectors and values of an index depend on"
-        return dict(model=model_fingerprint(model), base_model=model.config.name_or_path, layer=layer, rows=rows_fingerprint(train, target))
+        return dict(model=model_fingerprint(model), base_model=model.config.name_or_path, layers=layers, rows=rows_fingerprint(train, target))
+
+    def _pooled(self, titles: list[str]) -> np.ndarray:    # (n_layers, n, hidden)
+        "Mean hidden states of each title"
+        return np.stack([embed_texts(self.model, self.tokenizer, titles, layer, cache_dir=self.cache_dir) for layer in self.layers])
 
     def vectors(self, pairs: pd.DataFrame) -> np.ndarray:  # (n, 2 x hidden)
-        "Centred unit vectors of both contracts of each pair"
+        "Unit vectors of both contracts of each pair: the sum of the layers' centred unit vectors, brought to unit length"
         titles = sorted(set(pairs.contract_a_title) | set(pairs.contract_b_title))
-        v = normalize(embed_texts(self.model, self.tokenizer, titles, self.layer, cache_dir=self.cache_dir), self.center)
-        return pair_vectors(pairs, dict(zip(titles, v)))
+        v = sum(normalize(v, center) for v, center in zip(self._pooled(titles), self.center))
+        return pair_vectors(pairs, dict(zip(titles, normalize(v))))
 
     def _repr_html_(self): return self.rag._repr_html_()
 
@@ -346,4 +350,4 @@ def load(cls: PairRetriever, folder: str|Path, model, tokenizer, cache_dir: Path
     folder = Path(folder)
     if not (folder/'center.npy').exists(): raise FileNotFoundError(f'{folder} holds no index: center.npy is missing')
     rag = SemanticRAG().load(folder/'pairs', expect=dict(model=model_fingerprint(model), **(expect or {})))
-    return cls(rag, model, tokenizer, np.load(folder/'center.npy', allow_pickle=False), rag.fingerprint['layer'], cache_dir)
+    return cls(rag, model, tokenizer, np.load(folder/'center.npy', allow_pickle=False), rag.fingerprint['layers'], cache_dir)

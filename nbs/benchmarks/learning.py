@@ -1,6 +1,6 @@
 """The experiments of learning.ipynb, one after the other, each in a file of its own; what is there already is not run again.
 
-    CORRNB_DATA_DIR=... python learning.py RESULTS [PATTERN]
+    CORRNB_DATA_DIR=... python learning.py RESULTS [PATTERN ...]
 """
 import io, json, os, sys, time
 from dataclasses import asdict, replace
@@ -21,8 +21,16 @@ from corrnb.rag import PairRetriever, neighbour_arrays
 from corrnb.training import RegressionAugmentedTrainer, TrainingConfig, TrainingRows, make_trainer
 
 TARGET, FOLDS = 'price_correlation', 5
-BASE = dict(num_train_epochs=3, per_device_train_batch_size=4, learning_rate=1e-3, text_loss_weight=0, lora_r=8, lora_alpha=16, lora_last_layers=6,
-            prompt_variants=2, neighbour_dropout=0.1)
+BASE = dict(num_train_epochs=3, per_device_train_batch_size=4, learning_rate=2e-4, text_loss_weight=0, lora_r=8, lora_alpha=16, lora_last_layers=12,
+            prompt_variants=1, neighbour_dropout=0.)
+PLAN = {f'futures-{f}-{name}': dict(dataset=f'futures-{f}', k=4, **settings) for name, settings in
+        {'w10': {}, 'untuned': dict(train=False), 'w0': dict(regression_loss_weight=0.)}.items() for f in range(FOLDS)}
+PLAN |= {'market-untuned': dict(dataset='market', k=4, train=False), 'market-w10': dict(dataset='market', k=4, num_train_epochs=2),
+         'events-w10': dict(dataset='events', k=4, num_train_epochs=2), 'market-w0': dict(dataset='market', k=4, num_train_epochs=2, regression_loss_weight=0.),
+         'market-w10-k0': dict(dataset='market', k=0, num_train_epochs=2)}
+PLAN |= {f'futures-0-{name}': dict(dict(dataset='futures-0', k=4), **settings) for name, settings in
+         {'w1': dict(regression_loss_weight=1.), 'crps10': dict(regression_loss_type='crps'), 'soft10': dict(soft_targets=True), 'w20': dict(regression_loss_weight=20.),
+          'head': dict(head=True), 'k0': dict(k=0), 'w10-seed1': dict(seed=1), 'w10-seed2': dict(seed=2), 'w0-seed1': dict(seed=1, regression_loss_weight=0.)}.items()}
 
 
 def contract_split(pairs: pd.DataFrame, fold: int) -> pd.DataFrame:
@@ -58,12 +66,12 @@ class LinearHead(RegressionAugmentedTrainer):
         return dict(number=number_ce(dist.log_probs, self.grid.index(inputs['values'])), text=torch.zeros(()),
                     regression=regression_loss(dist, inputs['values'], self.config.regression_loss_type)), dist
 
-def experiment(dataset: str, k: int=0, seed: int=0, train: bool=True, test: bool=True, head: bool=False, layer: int=-1, **settings) -> dict:
+def experiment(dataset: str, k: int=0, seed: int=0, train: bool=True, test: bool=True, head: bool=False, layers: tuple=(6, -1), **settings) -> dict:
     "Fine-tune, predict the validation rows (and the test rows), and return everything that the tables need"
     start, frame, tokenizer = time.perf_counter(), data(dataset), load_tokenizer('embedded')
-    model, cache = load_model('embedded', device='cpu'), Settings().MODEL_CACHE_DIR/'embeddings'
+    model, cache = load_model('embedded', device='cpu', dtype=torch.bfloat16), Settings().MODEL_CACHE_DIR/'embeddings'
     sides = {s: frame[frame.split == s].reset_index(drop=True) for s in ('train', 'val', 'test')}
-    retriever = PairRetriever.build(frame, TARGET, model, tokenizer, layer, cache)
+    retriever = PairRetriever.build(frame, TARGET, model, tokenizer, list(layers), cache)
     grid, config = AnswerGrid(tokenizer, prefix=ANSWER_PREFIX), TrainingConfig(**{**BASE, **settings, 'seed': seed})
     history, seconds = [], dict(prepare=time.perf_counter() - start)
     if train:
@@ -72,7 +80,7 @@ def experiment(dataset: str, k: int=0, seed: int=0, train: bool=True, test: bool
         trainer = make_trainer(model, grid, rows, config, cls=LinearHead if head else RegressionAugmentedTrainer, save_strategy='no', disable_tqdm=True)
         trainer.train()
         history, seconds['train'] = trainer.state.log_history, time.perf_counter() - start - seconds['prepare']
-    predictor = CorrelationPredictor(model, grid, retriever, k)
+    predictor = CorrelationPredictor(model, grid, retriever, k, both_orders=False)  # half the time
     held_out = pd.concat([sides['val'], sides['test']] if test else [sides['val']], ignore_index=True)
     found, gaps = predictor.neighbours(held_out, MIXTURE_NEIGHBOURS)
     if head: # asked in the order of the rows
@@ -88,7 +96,7 @@ def experiment(dataset: str, k: int=0, seed: int=0, train: bool=True, test: bool
     keep = [c for c in ('id', 'contract_a_title', 'contract_b_title', 'contract_a_id', 'contract_b_id', 'contract_a_event_id', 'contract_b_event_id', 'split', 'novelty', TARGET,
                         'true_correlation', 'fisher_z_se', 'price_correlation_se', 'pair_kind') if c in held_out]
     return dict(rows=held_out[keep], baselines=baselines, log_probs=dist.log_probs.numpy(), values=values, distances=distances, mixture=asdict(mixture),
-                history=history, seconds=seconds, n_train=len(sides['train']), settings=dict(dataset=dataset, k=k, seed=seed, train=train, test=test, head=head, layer=layer, **settings))
+                history=history, seconds=seconds, n_train=len(sides['train']), settings=dict(dataset=dataset, k=k, seed=seed, train=train, test=test, head=head, layers=list(layers), **settings))
 
 def save(path: Path, result: dict):
     "One .npz without pickle"
@@ -125,11 +133,10 @@ def table(rows: pd.DataFrame, points: dict, voices: dict, target: str=TARGET) ->
 
 if __name__ == '__main__':
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 2)))
-    from learning_plan import PLAN
-    results, pattern = Path(sys.argv[1]), (sys.argv[2:] or ['*'])[0]
+    results, patterns = Path(sys.argv[1]), sys.argv[2:] or ['*']
     for name, settings in PLAN.items():
         path = results/f'{name}.npz'
-        if path.exists() or not fnmatch(name, pattern): continue
+        if path.exists() or not any(fnmatch(name, p) for p in patterns): continue
         print(f'== {name} {settings}', flush=True)
         save(path, experiment(**settings))
         print(f'== {name} done', flush=True)
