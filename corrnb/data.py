@@ -166,7 +166,7 @@ def _need(frame: pd.DataFrame, names: list[str]):
     "`PairError` where columns or all rows are missing"
     if missing := [c for c in names if c not in frame]:
         raise PairError([f'missing columns: {", ".join(missing)} (there are: {", ".join(map(str, frame.columns))})'])
-    if frame.empty: raise PairError(['there are no pairs: the table is empty'])
+    if frame.empty: raise PairError(['there are no rows: the table is empty'])
 
 # %% ../nbs/02_data.ipynb #e47e1543
 SIDES = ('train', 'val', 'test')
