@@ -14,12 +14,14 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import matplotlib.pyplot as plt
+import torch
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import KernelCenterer, StandardScaler
+from .answers import AnswerDistribution
 from .config import atomic_write
 from .data import contract_groups, contract_kfold
 
@@ -65,6 +67,11 @@ def _check_grid(probabilities, values):
                          "(log-probabilities? pass their exp)")
     return p / p.sum(1, keepdims=True), x
 
+def _distribution(probabilities, values) -> AnswerDistribution:
+    "The same forecasts as an `AnswerDistribution`, in float64"
+    p, x = _check_grid(probabilities, values)
+    return AnswerDistribution(torch.tensor(x), torch.tensor(p).log())
+
 # %% ../nbs/13_evaluation.ipynb #4c8ee398
 def crps(
     probabilities, # predictive distributions on the grid, shape (n, len(values)); each row sums to 1
@@ -72,10 +79,7 @@ def crps(
     y, # true values, shape (n,); need not lie on the grid
 ) -> np.ndarray: # one score per row in units of y, shape (n,); 0 is perfect
     "Exact continuous ranked probability score of discrete forecasts (Gneiting and Raftery 2007, equation 21)."
-    p, x = _check_grid(probabilities, values)
-    cdf = np.cumsum(p, axis=1)[:, :-1]
-    distance = (p * np.abs(x - np.asarray(y, dtype=float)[:, None])).sum(1)
-    return distance - (cdf * (1 - cdf) * np.diff(x)).sum(1)
+    return _distribution(probabilities, values).crps(torch.tensor(np.asarray(y, dtype=float))).numpy()
 
 # %% ../nbs/13_evaluation.ipynb #8ef28807
 def central_interval(
@@ -84,9 +88,7 @@ def central_interval(
     level=0.9, # mass between the ends, in (0, 1)
 ) -> tuple[np.ndarray, np.ndarray]: # lower and upper ends, each of shape (n,)
     "Ends of the central intervals: the quantiles (1 - level)/2 and (1 + level)/2, both grid values."
-    p, x = _check_grid(probabilities, values)
-    cdf = np.cumsum(p, axis=1)
-    return tuple(x[(cdf >= q - 1e-12).argmax(1)] for q in ((1 - level) / 2, (1 + level) / 2))
+    return tuple(end.numpy() for end in _distribution(probabilities, values).interval(level))
 
 # %% ../nbs/13_evaluation.ipynb #d8beaad2
 def distribution_metrics(
@@ -328,6 +330,7 @@ def plot_predictions(
     upper=None, # upper ends of the intervals, shape (n,)
     title="Predicted against true correlation", # of the figure
     interval="90 % interval", # name of the intervals in the legend
+    xlabel="true correlation", # name of the true values
     ax=None, # axes to draw on; None makes a figure
 ): # the axes
     "Scatter of predictions against the truth, with the diagonal and the band within 0.2."
@@ -339,7 +342,7 @@ def plot_predictions(
     if lower is not None:
         ax.vlines(y, *_checked(lower=lower, upper=upper, mean=mean)[:2], color="tab:orange", lw=1, alpha=0.5, label=interval)
     ax.plot(y, mean, "o", ms=4, color="tab:blue", mec="white", mew=0.4, label="prediction")
-    ax.set(xlim=(-1.03, 1.03), ylim=(-1.03, 1.03), xlabel="true correlation", ylabel="predicted correlation", title=title)
+    ax.set(xlim=(-1.03, 1.03), ylim=(-1.03, 1.03), xlabel=xlabel, ylabel="predicted correlation", title=title)
     ax.legend(fontsize=8, loc="upper left")
     return ax
 
