@@ -231,12 +231,13 @@ def model_inputs(model,                       # any causal language model of tra
 
 # %% ../nbs/07_answers.ipynb #87b69f52
 def tree_log_probs(grid: AnswerGrid,
-                   node_logits: torch.Tensor  # (rows, n_nodes, vocabulary): root first
+                   logits: torch.Tensor,      # (rows, columns, vocabulary)
+                   columns: torch.Tensor=None # where the nodes stand among the columns, root first; None: they are the columns
                   ) -> torch.Tensor:
     "Log p of every answer, (rows, n_values), in float32 at least"
-    edges, logits = grid.edges.to(node_logits.device), node_logits.to(torch.promote_types(node_logits.dtype, torch.float32))
-    norm = logits.logsumexp(-1)
-    step = logits[:, edges[:, 0], edges[:, 1]] - norm[:, edges[:, 0]]
+    edges, logits = grid.edges.to(logits.device), logits.to(torch.promote_types(logits.dtype, torch.float32))
+    at = edges[:, 0] if columns is None else columns.to(logits.device)[edges[:, 0]]
+    step = logits[:, at, edges[:, 1]] - logits.logsumexp(-1)[:, at]
     step = torch.cat([step, step.new_zeros(len(step), 1)], dim=1)           # the padding step of short answers
     return step[:, grid.steps.to(step.device)].sum(-1)
 

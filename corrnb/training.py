@@ -11,7 +11,7 @@ import json, math, os, shutil, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from sklearn.metrics import mean_absolute_error, r2_score
 from torch.utils.data import Dataset, Sampler
@@ -239,20 +239,22 @@ class RegressionAugmentedTrainer(Trainer):
 def _logits(self: RegressionAugmentedTrainer, model, inputs: dict, keep: int) -> torch.Tensor:
     "Logits of the last `keep` columns, (rows, keep, vocabulary)"
     arguments = model_inputs(self.accelerator.unwrap_model(model), inputs, keep)
-    if self.frozen is None: return model(**arguments).logits[:, -keep:]
+    if self.frozen is None: return model(**arguments).logits
     states = self.frozen(arguments, inputs['real'])
-    with self.frozen.skipped(): return model(**{k: v for k, v in arguments.items() if k != 'input_ids'}, inputs_embeds=states).logits[:, -keep:]
+    with self.frozen.skipped(): return model(**{k: v for k, v in arguments.items() if k != 'input_ids'}, inputs_embeds=states).logits
 
 @patch
 def row_losses(self: RegressionAugmentedTrainer, model, inputs: dict) -> tuple[dict, AnswerDistribution]:
     "Number CE and regression loss per row, sum of the text CE, and the distributions, from one forward pass"
     n, t = self.grid.n_nodes, inputs['labels'].shape[1]
     logits = self._logits(model, inputs, n + t)
-    log_probs = tree_log_probs(self.grid, torch.cat([logits[:, :1], logits[:, 1+t:]], 1))
+    nodes = torch.arange(n) + t*(torch.arange(n) > 0)        # the root is the prefix's end, the others stand behind the completion
+    log_probs = tree_log_probs(self.grid, logits, nodes)
     y, values = inputs['values'].to(log_probs.device), self.grid.values.to(log_probs.device)
     dist = AnswerDistribution(values, log_probs)
     targets = soft_targets(values, y, inputs['z_se'].to(y.device)) if self.config.soft_targets else self.grid.index(y)
-    text, _ = token_ce(logits[:, :t], inputs['labels'].to(logits.device)) if t else (logits.new_zeros(()).float(), 0)
+    labels = F.pad(inputs['labels'].to(logits.device), (0, n), value=-100)     # no slices: their gradients would be filled up with zeros
+    text, _ = token_ce(logits, labels) if t else (logits.new_zeros(()).float(), 0)
     return dict(number=number_ce(log_probs, targets), text=text, regression=regression_loss(dist, y, self.config.regression_loss_type)), dist
 
 # %% ../nbs/11_training.ipynb #15db25d9
