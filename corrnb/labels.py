@@ -301,10 +301,6 @@ def write_labels(
     return dict(new=len(new), updated=len(again) - int(empty), emptied=int(empty))
 
 # %% ../nbs/03_labels.ipynb #23d9c9b6
-def _read_price_file(path) -> pd.DataFrame:
-    "Prices from a .parquet or a .csv file, which may be compressed (.csv.gz)"
-    return pd.read_parquet(path) if Path(path).suffix == ".parquet" else pd.read_csv(path, dtype={"contract_id": str}, encoding="utf-8-sig")
-
 def make_labels(
     prices: str | None = None,     # file with contract_id, ts, price; None: the table `contract_prices`
     contracts: str | None = None,  # file with contract_id, title and, where known, venue, event_id, open_date; None: the table `contracts`
@@ -315,7 +311,7 @@ def make_labels(
     "Turn prices into labelled pairs and say how many there are, what the filters dropped and how reliable the labels are."
     if Path(out or "x.csv").suffix not in (".csv", ".parquet"): raise ValueError(f"{out}: only .csv and .parquet files can be written")
     engine = make_engine() if None in (prices, contracts, out) or pairs == "database" else None
-    price_frame = read_prices(engine) if prices is None else _read_price_file(prices)
+    price_frame = read_prices(engine) if prices is None else _read_table(prices)
     info = read_contracts(engine) if contracts is None else _read_table(contracts)
     _need(price_frame, "prices", "contract_id", "ts", "price")
     named = price_frame["contract_id"].isin(_check_contracts(info).index)
