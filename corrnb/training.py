@@ -327,6 +327,11 @@ def fingerprint(self: RegressionAugmentedTrainer) -> str:
     return content_hash(settings, manifest(self.model, self.grid), self.train_dataset.fingerprint, self.eval_dataset and self.eval_dataset.fingerprint)
 
 @patch
+def _save(self: RegressionAugmentedTrainer, output_dir=None, state_dict=None):
+    "The adapter alone; Trainer's own asks the hub about the vocabulary and writes a pickle"
+    self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+
+@patch
 def _save_checkpoint(self: RegressionAugmentedTrainer, model, trial=None):
     "Trainer's checkpoint, flushed to the disk, then its marker"
     super(RegressionAugmentedTrainer, self)._save_checkpoint(model, trial)
@@ -377,8 +382,8 @@ def make_trainer(model,                  # with a LoRA adapter, see `models.add_
         output_dir=c.output_dir, num_train_epochs=c.num_train_epochs, per_device_train_batch_size=c.per_device_train_batch_size,
         gradient_accumulation_steps=c.gradient_accumulation_steps, learning_rate=c.learning_rate, lr_scheduler_type='linear',
         warmup_steps=c.warmup_fraction, seed=c.seed, logging_steps=5, report_to='none', remove_unused_columns=False,
-        gradient_checkpointing=c.gradient_checkpointing, use_cpu=next(model.parameters()).device.type == 'cpu',
-        dataloader_pin_memory=False) | checks | arguments))
+        use_cpu=next(model.parameters()).device.type == 'cpu', dataloader_pin_memory=False) | checks | arguments))
+    if c.gradient_checkpointing: model.gradient_checkpointing_enable(dict(use_reentrant=False))
     stop = [EarlyStoppingCallback(c.early_stopping_patience)] if c.early_stopping_patience and validation is not None else []
     return cls(model=model, args=args, train_dataset=rows, eval_dataset=validation, callbacks=stop, answer_grid=grid, config=c,
                data_collator=PairCollator(grid, c.text_loss_weight > 0), processing_class=grid.tokenizer)
