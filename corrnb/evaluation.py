@@ -23,7 +23,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import KernelCenterer, StandardScaler
 from .answers import AnswerDistribution
 from .config import atomic_write
-from .data import contract_groups, contract_kfold
+from .data import contract_kfold
 
 # %% ../nbs/13_evaluation.ipynb #fb89d504
 def _checked(**columns): # array-likes by name, all of one length

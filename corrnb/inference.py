@@ -11,7 +11,7 @@ from base64 import b64encode
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+import pandas as pd, torch
 from matplotlib.figure import Figure
 from .answers import AnswerDistribution, AnswerGrid, figure_png
 from .config import Settings

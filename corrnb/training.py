@@ -21,7 +21,7 @@ from .config import atomic_dir, atomic_write, content_hash, fsync_tree
 from .embeddings import decoder_of, hidden_states
 from .losses import REGRESSION_LOSSES, number_ce, regression_loss, soft_targets, token_ce
 from .models import encode, model_fingerprint
-from .prompts import ANSWER_PREFIX, make_prompt, prompt_fingerprint, row_completion
+from .prompts import make_prompt, prompt_fingerprint, row_completion
 
 # %% ../nbs/11_training.ipynb #9ec08910
 @dataclass
@@ -342,10 +342,14 @@ def _save_checkpoint(self: RegressionAugmentedTrainer, model, trial=None):
     atomic_write(folder/_MARKER, json.dumps(dict(fingerprint=self.fingerprint, step=self.state.global_step)))
 
 @patch
+def _ours(self: RegressionAugmentedTrainer, checkpoint: Path) -> bool:
+    "Is it complete, and of this very training?"
+    return (checkpoint/_MARKER).exists() and json.loads((checkpoint/_MARKER).read_text())['fingerprint'] == self.fingerprint
+
+@patch
 def newest_checkpoint(self: RegressionAugmentedTrainer) -> Path|None:
     "The last complete checkpoint of this very training; None if there is none"
-    def ours(p): return (p/_MARKER).exists() and json.loads((p/_MARKER).read_text())['fingerprint'] == self.fingerprint
-    return max(filter(ours, Path(self.args.output_dir).glob('checkpoint-*')), key=lambda p: int(p.name.split('-')[1]), default=None)
+    return max(filter(self._ours, Path(self.args.output_dir).glob('checkpoint-*')), key=lambda p: int(p.name.split('-')[1]), default=None)
 
 @patch
 def train(self: RegressionAugmentedTrainer,
@@ -355,8 +359,7 @@ def train(self: RegressionAugmentedTrainer,
     "Train, or go on training; checkpoints of anything else in `output_dir` are removed"
     if resume_from_checkpoint is True: resume_from_checkpoint = self.newest_checkpoint()
     for p in Path(self.args.output_dir).glob('checkpoint-*') if self.args.should_save else []:
-        if p != resume_from_checkpoint and not (resume_from_checkpoint and (p/_MARKER).exists() and
-                json.loads((p/_MARKER).read_text())['fingerprint'] == self.fingerprint): shutil.rmtree(p)
+        if not resume_from_checkpoint or not self._ours(p): shutil.rmtree(p)
     if resume_from_checkpoint: self.fitted = np.load(Path(resume_from_checkpoint)/'fitted.npy', allow_pickle=False)
     self._reset_parts()
     return super(RegressionAugmentedTrainer, self).train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **kwargs)
