@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastcore.basics import patch
 from .config import atomic_dir, content_hash
-from .data import pair_key
+from .data import contract_groups, pair_key
 from .embeddings import embed_texts, normalize, pair_vectors
 from .models import model_fingerprint
 
@@ -351,3 +351,22 @@ def load(cls: PairRetriever, folder: str|Path, model, tokenizer, cache_dir: Path
     if not (folder/'center.npy').exists(): raise FileNotFoundError(f'{folder} holds no index: center.npy is missing')
     rag = SemanticRAG().load(folder/'pairs', expect=dict(model=model_fingerprint(model), **(expect or {})))
     return cls(rag, model, tokenizer, np.load(folder/'center.npy', allow_pickle=False), rag.fingerprint['layers'], cache_dir)
+
+# %% ../nbs/09_rag.ipynb #7ef26587
+@patch
+def training_neighbours(self: PairRetriever,
+                        rows: pd.DataFrame,  # training rows
+                        k: int,
+                        novelty: pd.Series,  # of the held-out rows: 'seen', 'one_new' or 'both_new'
+                        seed: int=0          # whose contract is hidden depends on it and on the id of the row
+                       ) -> tuple[list[list[dict]], list[np.ndarray]]: # as of `neighbours`
+    "Similar pairs of training rows, as they would be found if their contracts were as new as those of held-out rows"
+    share, groups = novelty.value_counts(normalize=True), contract_groups(rows)
+    own, known = [pair_key(a, b) for a, b in zip(rows.contract_a_title, rows.contract_b_title)], {}
+    for key, pair in zip(own, groups):
+        for g in pair: known.setdefault(g, set()).add(key)
+    lots = pd.Series([content_hash(seed, i, 'hide') for i in rows.id])
+    both, one = np.cumsum([share.get('both_new', 0), share.get('one_new', 0)])
+    n_hidden = np.select([(rank := lots.rank(pct=True)) <= both, rank <= one], [2, 1], 0)
+    hidden = [list(pair) if n == 2 else [pair[int(lot, 16) % 2]]*n for pair, lot, n in zip(groups, lots, n_hidden)]
+    return self.rag.search_many(self.vectors(rows), k, exclude=[{key}.union(*(known[g] for g in h)) for key, h in zip(own, hidden)])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from corrnb.answers import AnswerDistribution, AnswerGrid
 from corrnb.config import Settings, atomic_write
-from corrnb.data import check_pairs, contract_kfold, read_pairs, split_pairs
+from corrnb.data import add_novelty, check_pairs, contract_kfold, read_pairs, split_pairs
 from corrnb.demo import simulate_market
 from corrnb.evaluation import baseline_predictions, distribution_metrics, regression_metrics
 from corrnb.inference import MIXTURE_NEIGHBOURS, CorrelationPredictor, Mixture, fit_mixture
@@ -25,9 +25,9 @@ BASE = dict(num_train_epochs=3, per_device_train_batch_size=4, learning_rate=2e-
             prompt_variants=1, neighbour_dropout=0.)
 PLAN = {f'futures-{f}-{name}': dict(dataset=f'futures-{f}', k=4, **settings) for name, settings in
         {'w10': {}, 'untuned': dict(train=False), 'w0': dict(regression_loss_weight=0.)}.items() for f in range(FOLDS)}
-PLAN |= {'market-untuned': dict(dataset='market', k=4, train=False), 'market-w10': dict(dataset='market', k=4, num_train_epochs=2),
-         'events-w10': dict(dataset='events', k=4, num_train_epochs=2), 'market-w0': dict(dataset='market', k=4, num_train_epochs=2, regression_loss_weight=0.),
-         'market-w10-k0': dict(dataset='market', k=0, num_train_epochs=2)}
+PLAN |= {'market-untuned': dict(dataset='market', k=4, train=False), 'market-w10': dict(dataset='market', k=4, num_train_epochs=1),
+         'events-w10': dict(dataset='events', k=4, num_train_epochs=2), 'market-w0': dict(dataset='market', k=4, num_train_epochs=1, regression_loss_weight=0.),
+         'market-w10-k0': dict(dataset='market', k=0, num_train_epochs=1)}
 PLAN |= {f'futures-0-{name}': dict(dict(dataset='futures-0', k=4), **settings) for name, settings in
          {'w1': dict(regression_loss_weight=1.), 'crps10': dict(regression_loss_type='crps'), 'soft10': dict(soft_targets=True), 'w20': dict(regression_loss_weight=20.),
           'head': dict(head=True), 'k0': dict(k=0), 'w10-seed1': dict(seed=1), 'w10-seed2': dict(seed=2), 'w0-seed1': dict(seed=1, regression_loss_weight=0.)}.items()}
@@ -38,13 +38,14 @@ def contract_split(pairs: pd.DataFrame, fold: int) -> pd.DataFrame:
     pairs = pairs.assign(split=list(contract_kfold(pairs, FOLDS))[fold].split)
     rest = pairs[pairs.split == 'train']
     inner = next(contract_kfold(rest, 7, seed=fold))
-    return pairs.assign(split=inner.split.replace('test', 'val').reindex(pairs.index).fillna(pairs.split))
+    return add_novelty(pairs.assign(split=inner.split.replace('test', 'val').reindex(pairs.index).fillna(pairs.split)))
 
 def data(name: str) -> pd.DataFrame:
-    "Pairs with their sides: 'futures-0' to 'futures-4' (contract folds), 'events' and 'market' (one contract split)"
+    "Pairs with their sides: 'futures-0' to 'futures-4' (contract folds), 'events' and 'market' (three draws of the simulation; one contract split)"
     kind, *fold = name.split('-')
     if kind == 'market':
-        pairs = check_pairs(simulate_market().pairs, TARGET)
+        draws = pd.concat([simulate_market(seed).pairs for seed in range(3)]).drop_duplicates('id')  # other pairs and other prices of the same contracts
+        pairs = check_pairs(draws, TARGET)
         return split_pairs(pairs, 'contract').assign(true_correlation=lambda d: d.underlying_event_correlation)
     folder = Path(os.environ['CORRNB_DATA_DIR'])/kind
     pairs = read_pairs(folder/'pairs.csv', TARGET, folder/'contracts.csv' if kind == 'events' else None)
@@ -75,7 +76,7 @@ def experiment(dataset: str, k: int=0, seed: int=0, train: bool=True, test: bool
     grid, config = AnswerGrid(tokenizer, prefix=ANSWER_PREFIX), TrainingConfig(**{**BASE, **settings, 'seed': seed})
     history, seconds = [], dict(prepare=time.perf_counter() - start)
     if train:
-        rows = TrainingRows(sides['train'], TARGET, config, retriever.neighbours(sides['train'], k)[0] if k else None)
+        rows = TrainingRows(sides['train'], TARGET, config, retriever.training_neighbours(sides['train'], k, sides['val'].novelty, seed)[0] if k else None)
         model = retriever.model = add_lora(model, config.lora_r, config.lora_alpha, last_layers=config.lora_last_layers, seed=seed)
         trainer = make_trainer(model, grid, rows, config, cls=LinearHead if head else RegressionAugmentedTrainer, save_strategy='no', disable_tqdm=True)
         trainer.train()
