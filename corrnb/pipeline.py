@@ -10,8 +10,8 @@ __all__ = ['STAGES', 'TYPES', 'PARAMETER_SETTINGS', 'CONNECTION', 'TRACKERS', 'N
            'resolve_parameters', 'input_digests', 'library_hash', 'run_name', 'stage_key', 'scrub', 'write_report',
            'execute_stage', 'run_folder', 'write_params', 'read_marker', 'run_stage', 'print_summary', 'run_pipeline',
            'find_run', 'evaluate_run', 'sweep_values', 'Combination', 'combinations', 'base_name', 'take_base',
-           'run_combination', 'is_done', 'run_sweep', 'training_cost', 'sweep_results', 'summarize_sweep',
-           'format_sweep', 'plot_sweep', 'find_sweep', 'compare_sweep', 'main']
+           'run_combination', 'is_done', 'check_workers', 'run_sweep', 'training_cost', 'sweep_results',
+           'summarize_sweep', 'format_sweep', 'plot_sweep', 'find_sweep', 'compare_sweep', 'main']
 
 # %% ../nbs/14_pipeline.ipynb #de728b22
 import argparse, ast, difflib, hashlib, html, io, json, os, platform, re, resource, shutil, subprocess, sys, threading, time, traceback
@@ -686,7 +686,7 @@ def _in_turn(todo: list[Combination], task: tuple):
 
 def _run_all(runs: list[Combination], todo: list[Combination], task: tuple, workers: int) -> dict[str, str]:
     "Run combinations under one bar; what went wrong, by name"
-    failed, engine = {}, _in_turn(todo, task)
+    failed, engine = {}, _in_turn(todo, task) if workers == 1 else _with_ray(todo, task, workers)
     with tqdm(total=len(runs), initial=len(runs)-len(todo), desc='sweep', unit='run', smoothing=0, dynamic_ncols=True) as bar, \
             _every_second(bar.refresh, wanted=sys.stderr.isatty()):
         for run, error in engine:
@@ -695,6 +695,40 @@ def _run_all(runs: list[Combination], todo: list[Combination], task: tuple, work
             bar.update()
     return failed
 
+
+
+# %% ../nbs/14_pipeline.ipynb #2c6852d0
+def check_workers(
+    workers: int   # runs at a time
+):                 # ParameterError if there cannot be so many
+    "Several runs at a time need Ray"
+    if workers < 1: raise ParameterError(f'--workers must be positive, not {workers}')
+    if workers > 1 and util.find_spec('ray') is None: raise ParameterError("--workers needs Ray: pip install 'corrnb[ray]'")
+
+def _task(cwd: str, run: Combination, *task) -> str|None:
+    "`run_combination` in the folder where the command was typed"
+    os.chdir(cwd)
+    return run_combination(run, *task)
+
+def _with_ray(todo: list[Combination], task: tuple, workers: int):
+    "Run combinations side by side; yields each, as it ends, with what went wrong"
+    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+    import ray
+    ray.init(**({} if os.environ.get('RAY_ADDRESS') else dict(num_cpus=workers, include_dashboard=False)), log_to_driver=False, logging_level='error')
+    try:
+        one = ray.remote(num_cpus=1, num_gpus=1 if ray.cluster_resources().get('GPU') else 0, max_retries=0)(_task)
+        waiting, running = list(todo), {}
+        while waiting or running:
+            while waiting and len(running) < workers:
+                run = waiting.pop(0)
+                running[one.remote(os.getcwd(), run, *task)] = run
+            done = ray.wait(list(running))[0][0]
+            run = running.pop(done)
+            try: yield run, ray.get(done)
+            except ray.exceptions.RayError as e: yield run, f'its Ray task died: {str(e).strip().splitlines()[-1]}'
+    finally: ray.shutdown()
+
+# %% ../nbs/14_pipeline.ipynb #6eb0acbe
 SWEEP = 'sweep.json'
 
 def _write_sweep(folder: Path, profile: str, swept: dict, runs: list[Combination], stages: list[Stage]):
@@ -714,6 +748,7 @@ def run_sweep(
     notebooks: str|Path|None = None   # folder of the stage notebooks; None: the checkout's
 ) -> Path:                            # the sweep folder; ParameterError before anything runs, PipelineError if a run failed
     "Train and evaluate every combination of the values, then compare"
+    check_workers(workers)
     stages = load_stages(notebooks)
     profile, values = read_profile(profile, stages[0].path.parent)
     swept, runs = combinations(stages, values, overrides)
