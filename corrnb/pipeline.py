@@ -725,7 +725,7 @@ def _with_ray(todo: list[Combination], task: tuple, workers: int):
             done = ray.wait(list(running))[0][0]
             run = running.pop(done)
             try: yield run, ray.get(done)
-            except ray.exceptions.RayError as e: yield run, f'its Ray task died: {str(e).strip().splitlines()[-1]}'
+            except ray.exceptions.RayError as e: yield run, f"its Ray task died: {getattr(e, 'cause', None) or e!r}"
     finally: ray.shutdown()
 
 # %% ../nbs/14_pipeline.ipynb #6eb0acbe
