@@ -714,7 +714,8 @@ def _with_ray(todo: list[Combination], task: tuple, workers: int):
     "Run combinations side by side; yields each, as it ends, with what went wrong"
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
     import ray
-    ray.init(**({} if os.environ.get('RAY_ADDRESS') else dict(num_cpus=workers, include_dashboard=False)), log_to_driver=False, logging_level='error')
+    local = {} if os.environ.get('RAY_ADDRESS') else dict(num_cpus=workers, include_dashboard=False)
+    ray.init(**local, log_to_driver=False, logging_level='error')
     try:
         one = ray.remote(num_cpus=1, num_gpus=1 if ray.cluster_resources().get('GPU') else 0, max_retries=0)(_task)
         waiting, running = list(todo), {}
@@ -806,7 +807,8 @@ def sweep_results(
 SEEDS = ('seed', 'split_seed')                      # runs that differ in these alone are repetitions
 VOICES = ('model', 'language_model', 'neighbours')  # methods that training changes
 FIGURES = {'mae': 'MAE', 'r2': 'R2', 'accuracy_within_0.2': 'within 0.2', 'crps': 'CRPS', 'coverage_90': '90 % coverage',
-           'calibration_error': 'calibration error', 'seconds': 'training (s)', 'tokens_per_second': 'tokens/s', 'peak_memory_gb': 'peak memory (GB)'}
+           'calibration_error': 'calibration error', 'seconds': 'training (s)', 'tokens_per_second': 'tokens/s',
+           'peak_memory_gb': 'peak memory (GB)'}
 
 def summarize_sweep(
     results,           # as from `sweep_results`
@@ -816,12 +818,14 @@ def summarize_sweep(
     import pandas as pd
     sweep = json.loads(Path(folder, SWEEP).read_text())
     r = results.astype({n: object for n in sweep['swept']})
-    r.loc[~r.method.isin(VOICES), sweep['training']] = ''
+    r.loc[~r.method.isin(VOICES), sweep['training']] = 'any'
     r = r.drop_duplicates([*sweep['swept'], 'method']).sort_values('method', key=lambda m: m.isin(VOICES), kind='stable')
     groups = r.groupby([*(n for n in sweep['swept'] if n not in SEEDS), 'method'], sort=False)
     figures = groups[list(FIGURES)]
     table = pd.concat({'mean': figures.mean(), 'sd': figures.std()}, axis=1).swaplevel(axis=1)
-    return table.assign(runs=groups.size())[[*((f, x) for f in FIGURES for x in ('mean', 'sd')), ('runs', '')]]
+    table = table[[(f, x) for f in FIGURES for x in ('mean', 'sd')]].copy()
+    table['runs', ''] = groups.size()
+    return table
 
 def format_sweep(
     summary   # as from `summarize_sweep`
@@ -833,7 +837,7 @@ def format_sweep(
         if mean != mean: return ''
         return f'{mean:.{n}f}' + (f' ± {sd:.{n}f}' if sd == sd else '')
     shown = {title: [cell(*x, digits.get(f, 3)) for x in zip(summary[f, 'mean'], summary[f, 'sd'])] for f, title in FIGURES.items()}
-    return pd.DataFrame(shown, summary.index).assign(runs=summary['runs'].to_numpy())
+    return pd.DataFrame(shown, summary.index).assign(runs=summary['runs', ''].to_numpy())
 
 # %% ../nbs/14_pipeline.ipynb #9032584d
 def _curve(ax, part, x: str, figure: str, places: list, label: str, **style):
@@ -861,7 +865,8 @@ def plot_sweep(
         base = summary[~method.isin(VOICES)][figure, 'mean'].dropna()
         if len(base):
             best = base.idxmin() if figure == 'mae' else base.idxmax()
-            ax.axhline(base[best], color='0.4', ls='--', lw=1, label=f"best baseline: {best[-1] if isinstance(best, tuple) else best}".replace('_', ' '))
+            name = best[-1] if isinstance(best, tuple) else best
+            ax.axhline(base[best], color='0.4', ls='--', lw=1, label=f"best baseline: {name.replace('_', ' ')}")
         ax.set(xticks=range(len(places)), xticklabels=map(_text, places), xlabel=x.replace('_', ' '), ylabel=FIGURES[figure])
         ax.legend(fontsize=7)
     return fig
@@ -1006,7 +1011,8 @@ def _parser(epilog: str = ''):
     parser.add_argument('--version', action='version', version=f'corrnb {corrnb.__version__}')
     sub = parser.add_subparsers(required=True, metavar='COMMAND')
     commands = [_add_run(sub, 'run', 'prepare the pairs, build the index, train and evaluate', epilog),
-                _add_run(sub, 'index', 'only as far as the index', epilog), _add_run(sub, 'train', 'only as far as the trained model', epilog),
+                _add_run(sub, 'index', 'only as far as the index', epilog),
+                _add_run(sub, 'train', 'only as far as the trained model', epilog),
                 _add_sweep(sub, epilog), _add_evaluate(sub, epilog), _add_compare(sub), _add_predict(sub)]
     _add_label(sub)
     for p in commands:
@@ -1016,6 +1022,7 @@ def _parser(epilog: str = ''):
         p.add_argument('-p', dest='parameter', nargs='+', action='append', metavar=('NAME', 'VALUE'), help='set a parameter; may be repeated')
     return parser
 
+# %% ../nbs/14_pipeline.ipynb #e7ee98bf
 def main(
     argv: list[str]|None = None,      # arguments; None: the command line's
     notebooks: str|Path|None = None   # folder of the stage notebooks; None: the checkout's
