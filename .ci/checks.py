@@ -2,6 +2,7 @@
 pipeline with the tiny model, from the embedded market and from PostgreSQL. Its last line is `N passed, N failed`, with
 `, N skipped` behind it where something could not be run. `checks.py readme` writes README.md (`make readme`)."""
 import json, os, re, shutil, subprocess, sys, tempfile, time
+from importlib import util
 from pathlib import Path
 from unittest import SkipTest
 from urllib.parse import quote
@@ -155,6 +156,47 @@ def pipeline_reads_postgres():
     gap = difference(*({k: v for k, v in m.items() if k not in only_demo} for m in (demo_metrics, metrics)))
     assert gap <= 1e-6, f'the metrics differ from those of the demo, by {gap:.2g}'
 
+sweep_metrics, reported = {}, set()  # of the runs in `sweep_goes_on`
+
+def sweep_goes_on():
+    "A sweep killed half-way and typed again repeats nothing that was done, and what it leaves can be moved"
+    installed = [t for t in ('tensorboard', 'mlflow') if util.find_spec(t)]
+    values = ['-p', 'regression_loss_weight', '0,10', *(['-p', 'report_to', ','.join(installed)] if installed else [])]
+    with tempfile.TemporaryDirectory() as tmp:
+        sweep = Path(tmp)/'sweep'
+        command = [bin/'corrnb', 'sweep', '--profile', 'tiny', '--name', 'sweep', '--runs-dir', tmp, *values]
+        kill_while_training(sweep/'runs'/'regression_loss_weight=10', *command)
+        parts = sweep/'base', sweep/'runs'/'regression_loss_weight=0'
+        done = [{name: data for name, data in contents(p, '*').items() if not name.endswith('.lock')} for p in parts]
+        assert 'stages/evaluate.json' in done[1], 'killed too early'
+        output = call(*command)
+        again = [{name: data for name, data in contents(p, '*').items() if not name.endswith('.lock')} for p in parts]
+        assert done == again, 'a finished part of the sweep was done again'
+        assert output.count('unchanged, skipped') == 2 and '2/2' in output, output
+        runs = {p.name: p for p in (sweep/'runs').iterdir()}
+        sweep_metrics.update({name: json.loads((p/'metrics.json').read_text()) for name, p in runs.items()})
+        reported.update(t for t in installed if all(list(p.glob(f'{t}*')) for p in runs.values()))
+        moved = sweep.rename(Path(tmp)/'moved')
+        (moved/'compare.html').unlink()
+        call(bin/'corrnb', 'compare', moved)
+        assert 'regression_loss_weight' in (moved/'compare.html').read_text()
+        leaks = [p.name for p in moved.glob('*.*') if str(sweep).encode() in p.read_bytes()]
+        assert not leaks, f"the old place of the sweep is in {', '.join(leaks)}"
+
+def training_reports():
+    "Training reports to TensorBoard and MLflow, into the run folder"
+    if missing := [t for t in ('tensorboard', 'mlflow') if not util.find_spec(t)]: raise SkipTest(f"not installed: {', '.join(missing)}")
+    assert reported == {'tensorboard', 'mlflow'}, f'only {reported} have logs'
+
+def sweep_with_ray():
+    "Runs of a sweep side by side in Ray give the metrics of one after the other"
+    if not util.find_spec('ray'): raise SkipTest('not installed: ray')
+    with tempfile.TemporaryDirectory() as tmp:
+        call(bin/'corrnb', 'sweep', '--profile', 'tiny', '--name', 'ray', '--runs-dir', tmp, '--workers', '2', '-p', 'regression_loss_weight', '0,10')
+        metrics = {p.parent.name: json.loads(p.read_text()) for p in Path(tmp).glob('ray/runs/*/metrics.json')}
+    gap = difference(metrics, sweep_metrics)
+    assert gap <= 1e-6, f'the metrics differ, by {gap:.2g}'
+
 
 def test_notebooks():
     "Names of the library notebooks that pass and that fail"
@@ -180,7 +222,8 @@ def run_check(f):
 
 def main():
     passed, failed = test_notebooks()
-    results = [run_check(f) for f in (export_is_in_sync, notebooks_are_clean, readme_is_in_sync, pipeline_runs, pipeline_reads_postgres)]
+    results = [run_check(f) for f in (export_is_in_sync, notebooks_are_clean, readme_is_in_sync, pipeline_runs, pipeline_reads_postgres,
+                                      sweep_goes_on, training_reports, sweep_with_ray)]
     n_passed, n_failed, n_skipped = len(passed) + results.count(True), len(failed) + results.count(False), results.count(None)
     print(f'{n_passed} passed, {n_failed} failed' + (f', {n_skipped} skipped' if n_skipped else ''))
     return n_failed > 0

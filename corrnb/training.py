@@ -275,11 +275,11 @@ def _keep(self: RegressionAugmentedTrainer, parts: dict, dist: AnswerDistributio
 @patch
 def log(self: RegressionAugmentedTrainer, logs: dict, start_time: float|None=None):
     "Add the parts of the loss, the on-grid mass and tokens/s (non-padding prompt and completion tokens) to Trainer's log"
-    if 'loss' in logs and self._parts is not None:
+    if ('loss' in logs or 'train_runtime' in logs) and self._parts is not None:   # the second: steps behind the last line
         total = self.accelerator.reduce(self._parts, 'sum') if self.args.world_size > 1 else self._parts
         number, text, regression, mass, n_rows, n_text, n_tokens = total.tolist()
         logs |= dict(number_ce=number/n_rows, text_ce=text/max(n_text, 1), regression_loss=regression/n_rows, on_grid_mass=mass/n_rows,
-                     tokens_per_second=n_tokens/(time.perf_counter() - self._since))
+                     tokens=n_tokens, tokens_per_second=n_tokens/(time.perf_counter() - self._since))
         self._reset_parts()
     super(RegressionAugmentedTrainer, self).log(logs, start_time)
 
