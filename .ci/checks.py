@@ -155,6 +155,15 @@ def pipeline_reads_postgres():
     gap = difference(*({k: v for k, v in m.items() if k not in only_demo} for m in (demo_metrics, metrics)))
     assert gap <= 1e-6, f'the metrics differ from those of the demo, by {gap:.2g}'
 
+def h100_benchmark_runs():
+    "The benchmark of the H100 with a tiny model on a CPU: every kind of part leaves its figures"
+    with tempfile.TemporaryDirectory() as tmp:
+        call(sys.executable, root/'nbs/benchmarks/h100.py', tmp, '--tiny', 'weights', 'nf4', 'merged')
+        found = {f['what']: f['value'] for p in Path(tmp).glob('*.json') for f in json.loads(p.read_text())}
+    wanted = ('load NF4 from the cache', 'hybrid training at 16 rows, nf4', 'rows evaluated, nf4', 'one query, p50, nf4', 'one query, p50, merged')
+    missing = [what for what in wanted if not found.get(what)]
+    assert not missing and any(what.startswith('whole training') for what in found), f"no figures: {', '.join(missing)}"
+
 
 def test_notebooks():
     "Names of the library notebooks that pass and that fail"
@@ -180,7 +189,7 @@ def run_check(f):
 
 def main():
     passed, failed = test_notebooks()
-    results = [run_check(f) for f in (export_is_in_sync, notebooks_are_clean, readme_is_in_sync, pipeline_runs, pipeline_reads_postgres)]
+    results = [run_check(f) for f in (export_is_in_sync, notebooks_are_clean, readme_is_in_sync, pipeline_runs, pipeline_reads_postgres, h100_benchmark_runs)]
     n_passed, n_failed, n_skipped = len(passed) + results.count(True), len(failed) + results.count(False), results.count(None)
     print(f'{n_passed} passed, {n_failed} failed' + (f', {n_skipped} skipped' if n_skipped else ''))
     return n_failed > 0
