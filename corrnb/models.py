@@ -118,12 +118,12 @@ def load_tokenizer(name: str,                # hub id, folder, 'embedded', 'tiny
 def load_model(name: str,                       # hub id, folder, 'embedded', 'tiny' or 'tiny:<style>'
                quantize: bool=False,            # NF4 with double quantization (QLoRA, Dettmers et al. 2023, arXiv 2305.14314)
                dtype: torch.dtype|None=None,    # default: bfloat16 on a GPU, float32 on a CPU
-               device: str|None=None,           # default: 'cuda' where there is one, else 'cpu'
+               device: str|None=None,           # default: 'cuda' where there is one (of several processes each its own), else 'cpu'
                attn: str='sdpa',                # 'sdpa' or 'eager': both take the 4D masks of the answer tree
                cache_dir: Path|None=None        # of the embedded model's and of NF4 weights (default: Settings().MODEL_CACHE_DIR)
               ) -> PreTrainedModel:
     "A causal language model in evaluation mode; OSError if it cannot be had, naming HF_TOKEN where that may be the reason"
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu')
     dtype = dtype or (torch.bfloat16 if device != 'cpu' else torch.float32)
     if name.split(':')[0] == 'tiny':
         model = tiny_model(len(load_tokenizer(name)))

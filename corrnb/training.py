@@ -220,7 +220,8 @@ class RegressionAugmentedTrainer(Trainer):
         self.compute_metrics, self.label_names = self._validation_metrics, ['values']
         n = n_frozen(self.model)
         self.frozen = FrozenBlocks(self.model, n) if n else None
-        self.fitted = np.full(len(self.train_dataset), np.nan)  # prediction of each row when it was last trained on
+        self.fitted = np.full(len(self.train_dataset), np.nan)  # prediction of each row when it was last trained on,
+        self.fitted_at = np.full(len(self.train_dataset), -1)   # and the step of it
         self._reset_parts()
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
@@ -275,7 +276,17 @@ def _keep(self: RegressionAugmentedTrainer, parts: dict, dist: AnswerDistributio
             real.sum(), (inputs['labels'] != -100).sum(), inputs['n_tokens'][real].sum()]
     sums = torch.stack([x.detach().float().to(dist.log_probs.device) for x in sums])
     self._parts = sums if self._parts is None else self._parts + sums
-    self.fitted[inputs['places'][real].cpu()] = dist.mean.detach()[rows].float().cpu()
+    places = inputs['places'][real].cpu()
+    self.fitted[places], self.fitted_at[places] = dist.mean.detach()[rows].float().cpu(), self.state.global_step
+
+@patch
+def _share_fitted(self: RegressionAugmentedTrainer):
+    "Of each row the newest prediction of all processes"
+    if self.args.world_size == 1: return
+    mine = torch.tensor(np.stack([self.fitted_at, self.fitted]), dtype=torch.float32, device=self.accelerator.device)
+    at, fitted = self.accelerator.gather(mine[None]).cpu().numpy().swapaxes(0, 1)
+    newest = at.argmax(0)[None]
+    self.fitted_at, self.fitted = (np.take_along_axis(x, newest, 0)[0].astype(float) for x in (at, fitted))
 
 @patch
 def log(self: RegressionAugmentedTrainer, logs: dict, start_time: float|None=None):
@@ -345,6 +356,7 @@ def _save(self: RegressionAugmentedTrainer, output_dir=None, state_dict=None):
 def _save_checkpoint(self: RegressionAugmentedTrainer, model, trial=None):
     "Trainer's checkpoint, flushed to the disk, then its marker"
     super(RegressionAugmentedTrainer, self)._save_checkpoint(model, trial)
+    self._share_fitted()
     if not self.args.should_save: return
     folder = Path(self.args.output_dir)/f'checkpoint-{self.state.global_step}'
     np.save(folder/'fitted.npy', self.fitted, allow_pickle=False)
@@ -354,7 +366,8 @@ def _save_checkpoint(self: RegressionAugmentedTrainer, model, trial=None):
 @patch
 def _ours(self: RegressionAugmentedTrainer, checkpoint: Path) -> bool:
     "Is it complete, and of this very training?"
-    return (checkpoint/_MARKER).exists() and json.loads((checkpoint/_MARKER).read_text())['fingerprint'] == self.fingerprint
+    try: return json.loads((checkpoint/_MARKER).read_text())['fingerprint'] == self.fingerprint
+    except FileNotFoundError: return False     # not complete, or just removed by another process
 
 @patch
 def newest_checkpoint(self: RegressionAugmentedTrainer) -> Path|None:
@@ -392,7 +405,7 @@ def _restore(self: RegressionAugmentedTrainer, weights: dict):
         for name, w in weights.items(): trained[name].copy_(w)
     self.model.zero_grad()
     self.optimizer, self.lr_scheduler, self.model_wrapped = None, None, self.model
-    self.fitted[:] = np.nan
+    self.fitted[:], self.fitted_at[:] = np.nan, -1
     clear_device_cache(garbage_collection=True)
 
 # %% ../nbs/11_training.ipynb #ad6387aa
@@ -410,10 +423,13 @@ def train(self: RegressionAugmentedTrainer,
         if resume_from_checkpoint: self.fitted = np.load(Path(resume_from_checkpoint)/'fitted.npy', allow_pickle=False)
         set_seed(self.args.seed)
         self._reset_parts()
-        try: return super(RegressionAugmentedTrainer, self).train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **kwargs)
+        try: result = super(RegressionAugmentedTrainer, self).train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **kwargs)
         except RuntimeError as e:
             if not should_reduce_batch_size(e): raise
             self._halve(e)
+        else:
+            self._share_fitted()
+            return result
         self._restore(weights)     # not in the handler: the error holds what filled the memory
         resume_from_checkpoint = self.newest_checkpoint() or resume_from_checkpoint
 
@@ -430,16 +446,17 @@ def make_trainer(model,                  # with a LoRA adapter, see `models.add_
     if not any(p.requires_grad for p in model.parameters()): raise ValueError('the model has no trainable weights: add an adapter with add_lora')
     c, device = config, next(model.parameters()).device.type
     step_rows = c.per_device_train_batch_size*c.gradient_accumulation_steps*int(os.environ.get('WORLD_SIZE', 1))
-    every = -(-len(rows)//step_rows//c.checks_per_epoch)   # optimizer steps
+    every = -(-len(rows)//step_rows//c.checks_per_epoch)   # optimizer steps between checks; the log has a line for each at least
     checks = dict(save_strategy='steps', save_steps=every, save_total_limit=2)
     if validation is not None: checks |= dict(eval_strategy='steps', eval_steps=every, load_best_model_at_end=True, metric_for_best_model='crps',
                                               greater_is_better=False, per_device_eval_batch_size=8)
     args = TrainingArguments(**(dict(
         output_dir=c.output_dir, num_train_epochs=c.num_train_epochs, per_device_train_batch_size=c.per_device_train_batch_size,
         gradient_accumulation_steps=c.gradient_accumulation_steps, learning_rate=c.learning_rate, lr_scheduler_type='linear', optim=c.optim,
-        warmup_steps=c.warmup_fraction, seed=c.seed, logging_steps=5, report_to='none', remove_unused_columns=False,
+        warmup_steps=c.warmup_fraction, seed=c.seed, logging_steps=min(5, every), report_to='none', remove_unused_columns=False,
         bf16=device == 'cuda' and model.get_input_embeddings().weight.dtype == torch.bfloat16,   # else the adapter computes in float32
-        use_cpu=device == 'cpu', dataloader_pin_memory=False) | checks | arguments))
+        use_cpu=device == 'cpu', ddp_backend='gloo' if device == 'cpu' and 'RANK' in os.environ else None, ddp_find_unused_parameters=False,
+        dataloader_pin_memory=False) | checks | arguments))
     if c.gradient_checkpointing: model.gradient_checkpointing_enable(dict(use_reentrant=False))
     stop = [EarlyStoppingCallback(c.early_stopping_patience)] if c.early_stopping_patience and validation is not None else []
     return cls(model=model, args=args, train_dataset=rows, eval_dataset=validation, callbacks=stop, answer_grid=grid, config=c,
