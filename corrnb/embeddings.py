@@ -107,12 +107,17 @@ def _embed(model, sequences, layer, batch_tokens, special) -> np.ndarray: # (n, 
     return out
 
 # %% ../nbs/08_embeddings.ipynb #c4183c0a
+_READ = {}  # (file, its size, its time): its vectors
+
 def _read_cache(folder: Path) -> dict[str, np.ndarray]: # key: vector (hidden,) float32
     "All vectors of a cache folder; a damaged file is removed with a warning, its vectors are made again"
     vectors = {}
     for path in sorted(folder.glob('*.npz')):
         try:
-            with np.load(path, allow_pickle=False) as f: vectors.update(zip(f['keys'].tolist(), f['vectors'], strict=True))
+            file = path, (s := path.stat()).st_size, s.st_mtime_ns
+            if file not in _READ:
+                with np.load(path, allow_pickle=False) as f: _READ[file] = dict(zip(f['keys'].tolist(), f['vectors'], strict=True))
+            vectors |= _READ[file]
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
             warnings.warn(f'the cached vectors in {path.name} are damaged and are made again ({type(e).__name__}: {e})')
             path.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ __all__ = ['EMBEDDED_PACKAGE', 'EMBEDDED_FILE', 'EMBEDDED_SHA256', 'tiny_tokeniz
            'model_fingerprint']
 
 # %% ../nbs/05_models.ipynb #77184cda
-import hashlib, importlib.util, os, tempfile
+import hashlib, importlib.util, os, tempfile, weakref
 from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -206,11 +206,19 @@ def add_lora(model: PreTrainedModel,
         return get_peft_model(model, config)
 
 # %% ../nbs/05_models.ipynb #f905f429
+_FINGERPRINTS = weakref.WeakKeyDictionary()   # model: state of its weights, fingerprint
+
 def model_fingerprint(model: torch.nn.Module) -> str:
     "Short hash that tells models apart: names, shapes and a sample of the values of all weights but LoRA's"
+    weights = [(name, p) for name, p in model.named_parameters() if 'lora_' not in name]
+    state = [(name, id(p), p.data_ptr(), p._version) for name, p in weights]
+    if _FINGERPRINTS.get(model, (None, None))[0] != state: _FINGERPRINTS[model] = state, _fingerprint(weights)
+    return _FINGERPRINTS[model][1]
+
+def _fingerprint(weights) -> str:
+    "Hash of named tensors"
     parts = []
-    for name, p in model.named_parameters():
-        if 'lora_' in name: continue
+    for name, p in weights:
         flat = p.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel()//16)][:16].float().cpu().tolist()
         parts.append((name.replace('base_model.model.', '').replace('.base_layer', ''), list(p.shape), str(p.dtype), sample))
