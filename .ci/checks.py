@@ -1,7 +1,7 @@
 """What `make test` checks: all library notebooks, that everything made from notebooks is up to date, and whole runs of the
 pipeline with the tiny model, from the embedded market and from PostgreSQL. Its last line is `N passed, N failed`, with
 `, N skipped` behind it where something could not be run. `checks.py readme` writes README.md (`make readme`)."""
-import json, os, re, shutil, subprocess, sys, tempfile, time
+import json, os, re, shutil, signal, subprocess, sys, tempfile, time
 from importlib import util
 from pathlib import Path
 from unittest import SkipTest
@@ -197,6 +197,38 @@ def sweep_with_ray():
     gap = difference(metrics, sweep_metrics)
     assert gap <= 1e-6, f'the metrics differ, by {gap:.2g}'
 
+def kill_launch(run, command):
+    "Start training in two processes and kill both as soon as the run has a complete checkpoint"
+    process = subprocess.Popen([str(a) for a in command], cwd=root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not list(run.glob('checkpoints/*/complete.json')):
+        assert process.poll() is None, 'the launch ended without a checkpoint'
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+def two_processes_train():
+    "The train stage under `accelerate launch` with two processes, killed and launched again, gives the losses of one process"
+    if not demo_metrics: raise SkipTest('the run of one process failed')
+    with tempfile.TemporaryDirectory() as tmp:
+        same = ('--profile', 'tiny', '-p', 'per_device_train_batch_size', '4', '--runs-dir', tmp, '--name', 'two')     # twice 4 rows are the profile's 8
+        call(bin/'corrnb', 'index', *same)
+        launch = (bin/'accelerate', 'launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
+                  '-m', 'corrnb.launch', Path(tmp)/'two')
+        kill_launch(Path(tmp)/'two', launch)
+        call(*launch)
+        assert call(bin/'corrnb', 'run', *same).count('unchanged, skipped') == 3, 'the launched training did not count'
+        gap = difference(demo_metrics, json.loads((Path(tmp)/'two'/'metrics.json').read_text()))
+    assert gap <= 1e-4, f'two processes gave other metrics, by {gap:.2g}'
+
+def h100_benchmark_runs():
+    "The benchmark of the H100 with a tiny model on a CPU: every kind of part leaves its figures"
+    with tempfile.TemporaryDirectory() as tmp:
+        call(sys.executable, root/'nbs/benchmarks/h100.py', tmp, '--tiny', 'weights', 'nf4', 'merged')
+        found = {f['what']: f['value'] for p in Path(tmp).glob('*.json') for f in json.loads(p.read_text())}
+    wanted = ('load NF4 from the cache', 'hybrid training at 16 rows, nf4', 'rows evaluated, nf4', 'one query, p50, nf4', 'one query, p50, merged')
+    missing = [what for what in wanted if not found.get(what)]
+    assert not missing and any(what.startswith('whole training') for what in found), f"no figures: {', '.join(missing)}"
+
 
 def test_notebooks():
     "Names of the library notebooks that pass and that fail"
@@ -223,7 +255,7 @@ def run_check(f):
 def main():
     passed, failed = test_notebooks()
     results = [run_check(f) for f in (export_is_in_sync, notebooks_are_clean, readme_is_in_sync, pipeline_runs, pipeline_reads_postgres,
-                                      sweep_goes_on, training_reports, sweep_with_ray)]
+                                      sweep_goes_on, training_reports, sweep_with_ray, two_processes_train, h100_benchmark_runs)]
     n_passed, n_failed, n_skipped = len(passed) + results.count(True), len(failed) + results.count(False), results.count(None)
     print(f'{n_passed} passed, {n_failed} failed' + (f', {n_skipped} skipped' if n_skipped else ''))
     return n_failed > 0

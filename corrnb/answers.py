@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from .config import content_hash
-from .models import encode
+from .models import encode, token_batches
 
 # %% ../nbs/07_answers.ipynb #62c68623
 @dataclass(frozen=True)
@@ -311,18 +311,17 @@ def log_probs(self: AnswerGrid,
               model,                    # a causal language model; evaluation mode unless gradients through dropout are wanted
               prompts: list[str],       # texts; or token ids with all special tokens, e.g. of a chat template
               method: str='tree',       # 'tree', or 'sequences': the slow reference
-              batch_size: int=8,        # prompts a pass
+              batch_tokens: int=4096,   # most tokens of a pass, with padding and tree
               progress: bool=False      # show a bar
              ) -> torch.Tensor:         # (n_prompts, n_values), float32, on the model's device
     "Log-probability of every answer after each prompt; differentiable unless under `torch.no_grad`, where a shared beginning is read once"
     if method not in ('tree', 'sequences'): raise ValueError(f"unknown method {method!r}: 'tree' or 'sequences'")
     ids = _prompt_ids(self.tokenizer, prompts)
     if not ids: return torch.zeros(0, len(self), device=next(model.parameters()).device)
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    if method == 'tree': self.verify(model, ids[order[0]], past := _shared_past(self, model, ids))
+    if method == 'tree': self.verify(model, min(ids, key=len), past := _shared_past(self, model, ids))
+    batches = token_batches([len(i) + len(self.prefix_ids) + self.n_nodes - 1 for i in ids], batch_tokens)
     rows = {}
-    for start in tqdm(range(0, len(order), batch_size), disable=not progress, desc='predict', unit='batch'):
-        part = order[start:start+batch_size]
+    for part in tqdm(batches, disable=not progress, desc='predict', unit='batch'):
         if method == 'tree': out = _tree_pass(self, model, [ids[i] for i in part], past)
         else: out = torch.stack([_sequence_log_probs(self, model, ids[i]) for i in part])
         rows.update(zip(part, out))

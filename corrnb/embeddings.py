@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from .config import atomic_write, content_hash
-from .models import encode, model_fingerprint
+from .models import encode, model_fingerprint, token_batches
 
 # %% ../nbs/08_embeddings.ipynb #32f8a369
 def _tokens(tokenizer, texts, longest: int # most tokens that the model reads
@@ -29,17 +29,6 @@ def _tokens(tokenizer, texts, longest: int # most tokens that the model reads
     for i, t in enumerate(ids):
         if len(t) > longest: raise ValueError(f'text {i} has {len(t)} tokens, the model reads {longest}: {texts[i][:60]!r}...')
     return ids
-
-# %% ../nbs/08_embeddings.ipynb #88914878
-def _batches(lengths,           # tokens of each sequence
-             batch_tokens: int  # most tokens in a batch, padding included; a longer text gets a batch of its own
-            ) -> list[list[int]]:
-    "Places of the sequences of each batch, long ones first"
-    batches, width = [], 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or width * (len(batches[-1]) + 1) > batch_tokens: batches.append([]); width = lengths[i]
-        batches[-1].append(i)
-    return batches
 
 # %% ../nbs/08_embeddings.ipynb #d22e6d5e
 class _Reached(Exception):
@@ -108,7 +97,7 @@ def _embed(model, sequences, layer, batch_tokens, special) -> np.ndarray: # (n, 
     try:
         with (model.disable_adapter() if isinstance(model, PeftModel) else nullcontext(),
               tqdm(total=len(sequences), desc='embedding', unit=' texts', delay=3, leave=False) as bar):
-            for batch in _batches([len(s) for s in sequences], batch_tokens):
+            for batch in token_batches([len(s) for s in sequences], batch_tokens):
                 out[batch] = _pooled(decoder, [sequences[i] for i in batch], layer, special)
                 bar.update(len(batch))
     except torch.OutOfMemoryError as e:
@@ -118,12 +107,17 @@ def _embed(model, sequences, layer, batch_tokens, special) -> np.ndarray: # (n, 
     return out
 
 # %% ../nbs/08_embeddings.ipynb #c4183c0a
+_READ = {}  # (file, its size, its time): its vectors
+
 def _read_cache(folder: Path) -> dict[str, np.ndarray]: # key: vector (hidden,) float32
     "All vectors of a cache folder; a damaged file is removed with a warning, its vectors are made again"
     vectors = {}
     for path in sorted(folder.glob('*.npz')):
         try:
-            with np.load(path, allow_pickle=False) as f: vectors.update(zip(f['keys'].tolist(), f['vectors'], strict=True))
+            file = path, (s := path.stat()).st_size, s.st_mtime_ns
+            if file not in _READ:
+                with np.load(path, allow_pickle=False) as f: _READ[file] = dict(zip(f['keys'].tolist(), f['vectors'], strict=True))
+            vectors |= _READ[file]
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
             warnings.warn(f'the cached vectors in {path.name} are damaged and are made again ({type(e).__name__}: {e})')
             path.unlink(missing_ok=True)

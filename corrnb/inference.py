@@ -8,10 +8,11 @@ __all__ = ['MIXTURE_NEIGHBOURS', 'Prediction', 'Mixture', 'fit_mixture', 'Correl
 # %% ../nbs/12_inference.ipynb #940e4593
 import html, json, math
 from base64 import b64encode
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 import pandas as pd, torch
+from fastcore.basics import patch
 from matplotlib.figure import Figure
 from .answers import AnswerDistribution, AnswerGrid, figure_png
 from .config import Settings
@@ -120,94 +121,126 @@ class CorrelationPredictor:
                  k: int=5,                          # similar pairs in the prompt
                  nearest_last: bool=True,           # their order there
                  mixture: Mixture|None=None,        # of the model's forecast and the similar pairs' own; None: the model's alone
-                 batch_size: int=8,                 # prompts a forward pass
+                 batch_tokens: int=4096,            # most tokens of a forward pass
                  both_orders: bool=True             # average (A, B) and (B, A); False: ask once, in alphabetical order, in half the time
                 ):
         self.model, self.grid, self.retriever, self.k, self.nearest_last = model.eval(), grid, retriever, k, nearest_last
-        self.mixture, self.batch_size, self.both_orders = mixture, batch_size, both_orders
+        self.mixture, self.batch_tokens, self.both_orders = mixture, batch_tokens, both_orders
 
-    def neighbours(self, rows: pd.DataFrame, k: int) -> tuple[list[list[dict]], list]: # nearest first, and squared distances
-        "At most `k` similar pairs of each row; none without a retriever"
-        if self.retriever is None or not k or not len(rows): return [[] for _ in range(len(rows))], [[] for _ in range(len(rows))]
-        return self.retriever.neighbours(rows, min(k, len(self.retriever.rag)))
+# %% ../nbs/12_inference.ipynb #1173c8d4
+@patch
+def neighbours(self: CorrelationPredictor, rows: pd.DataFrame, k: int) -> tuple[list[list[dict]], list]: # nearest first, and squared distances
+    "At most `k` similar pairs of each row; none without a retriever"
+    if self.retriever is None or not k or not len(rows): return [[] for _ in range(len(rows))], [[] for _ in range(len(rows))]
+    return self.retriever.neighbours(rows, min(k, len(self.retriever.rag)))
 
-    def model_distribution(self,
-                           rows: pd.DataFrame,     # with contract_a_title and contract_b_title
-                           near: list[list[dict]], # similar pairs of each row; the first `k` are shown
-                           progress: bool=False    # show a bar
-                          ) -> AnswerDistribution: # (rows, n_values)
-        "What the language model alone says"
-        titles, near = list(zip(rows.contract_a_title, rows.contract_b_title)), [ns[:self.k] for ns in near]
-        turned = [[{**n, 'swapped': not n['swapped']} for n in ns] for ns in near]
-        straight = [make_prompt(a, b, ns, self.nearest_last) for (a, b), ns in zip(titles, near)]
-        reverse = [make_prompt(b, a, ns, self.nearest_last) for (a, b), ns in zip(titles, turned)]
-        if self.both_orders: prompts = straight + reverse
-        else: prompts = [s if text_key(a) <= text_key(b) else r for (a, b), s, r in zip(titles, straight, reverse)]
-        dist = self.grid.distribution(self.model, prompts, batch_size=self.batch_size, progress=progress)
-        if not self.both_orders or not titles: return dist
-        return AnswerDistribution(self.grid.values, torch.stack(dist.log_probs.split(len(titles))).logsumexp(0) - math.log(2))
+@patch
+def _prompts(self: CorrelationPredictor, titles: list[tuple], near: list[list[dict]]) -> list[str]:
+    "Prompts of the pairs: all in the order given and then all in the other, or each in alphabetical order"
+    turned = [[{**n, 'swapped': not n['swapped']} for n in ns] for ns in near]
+    straight = [make_prompt(a, b, ns, self.nearest_last) for (a, b), ns in zip(titles, near)]
+    reverse = [make_prompt(b, a, ns, self.nearest_last) for (a, b), ns in zip(titles, turned)]
+    if self.both_orders: return straight + reverse
+    return [s if text_key(a) <= text_key(b) else r for (a, b), s, r in zip(titles, straight, reverse)]
 
-    def predict_rows(self,
-                     rows: pd.DataFrame,      # with contract_a_title and contract_b_title
-                     progress: bool=False     # show a bar
-                    ) -> tuple[AnswerDistribution, list[list[dict]]]: # distributions (rows, n_values), similar pairs of each row
-        "Distributions for many pairs; nothing of a row but its titles is looked at"
-        mix = self.mixture if self.retriever is not None and len(rows) else None
-        near, distances = self.neighbours(rows, MIXTURE_NEIGHBOURS if mix else self.k)
-        dist = self.model_distribution(rows, near, progress)
-        if mix: dist = mix(dist, *neighbour_arrays(near, distances))
-        return dist, [ns[:self.k] for ns in near]
+@patch
+def model_distribution(self: CorrelationPredictor,
+                       rows: pd.DataFrame,     # with contract_a_title and contract_b_title; nothing else of them is looked at
+                       near: list[list[dict]], # similar pairs of each row; the first `k` are shown
+                       progress: bool=False    # show a bar
+                      ) -> AnswerDistribution: # (rows, n_values)
+    "What the language model alone says"
+    titles = list(zip(rows.contract_a_title, rows.contract_b_title))
+    prompts = self._prompts(titles, [ns[:self.k] for ns in near])
+    dist = self.grid.distribution(self.model, prompts, batch_tokens=self.batch_tokens, progress=progress)
+    if not self.both_orders or not titles: return dist
+    return AnswerDistribution(self.grid.values, torch.stack(dist.log_probs.split(len(titles))).logsumexp(0) - math.log(2))
 
-    def predict(self,
-                title_a: str,
-                title_b: str,
-                explain: bool=False   # let the model write its reasons; the number stays
-               ) -> Prediction:
-        "Predict one pair; ValueError for empty or identical titles"
-        title_a, title_b = clean_text(title_a), clean_text(title_b)    # as training rows are
-        if not title_a or not title_b: raise ValueError('a title is empty')
-        if text_key(title_a) == text_key(title_b): raise ValueError(f'both titles are the same: {title_a!r}')
-        dist, near = self.predict_rows(pd.DataFrame([dict(contract_a_title=title_a, contract_b_title=title_b)]))
-        p = Prediction(title_a, title_b, dist[0], near[0])
-        return Prediction(title_a, title_b, dist[0], near[0], self._reasoning(p)) if explain else p
+# %% ../nbs/12_inference.ipynb #b0584934
+def _checked_titles(pairs) -> pd.DataFrame:
+    "Pairs as a frame of cleaned titles; ValueError that names a pair and what is wrong with it"
+    if isinstance(pairs, pd.DataFrame): pairs = zip(pairs.contract_a_title, pairs.contract_b_title)
+    pairs = [(clean_text(a), clean_text(b)) for a, b in pairs]            # as training rows are
+    for i, (a, b) in enumerate(pairs):
+        if not a or not b: raise ValueError(f'pair {i}: a title is empty')
+        if text_key(a) == text_key(b): raise ValueError(f'pair {i}: both titles are the same: {a!r}')
+    return pd.DataFrame(pairs, columns=['contract_a_title', 'contract_b_title'])
 
-    @torch.inference_mode()
-    def _reasoning(self, p: Prediction) -> str:
-        "Sample the reasoning field of the JSON answer behind the already fixed number, type and confidence"
-        s, tok = Settings(), self.grid.tokenizer
-        head = p.answer.to_json()[:-1] + ', "reasoning": "'
-        ids = encode(tok, [make_prompt(p.contract_a_title, p.contract_b_title, p.neighbours, self.nearest_last)])[0] + encode(tok, [head], bos=False)[0]
-        ids = torch.tensor([ids], device=next(self.model.parameters()).device)
-        sampling = dict(do_sample=True, temperature=s.TEMPERATURE) if s.TEMPERATURE > 0 else dict(do_sample=False)
-        out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=s.MAX_NEW_TOKENS, **sampling,
-                                  stop_strings=['"'], tokenizer=tok, pad_token_id=tok.pad_token_id)
-        return tok.decode(out[0, ids.shape[1]:], skip_special_tokens=True).split('"')[0].strip()
+@patch
+def predict_many(self: CorrelationPredictor,
+                 pairs,                   # (title, title) of each pair, or a frame with contract_a_title and contract_b_title
+                 progress: bool=False     # show a bar
+                ) -> list[Prediction]:    # of each pair, in their order
+    "Predict many pairs at once; ValueError that names a pair with an empty title or two identical ones"
+    rows = _checked_titles(pairs)
+    mix = self.mixture if self.retriever is not None and len(rows) else None
+    near, distances = self.neighbours(rows, MIXTURE_NEIGHBOURS if mix else self.k)
+    dist = self.model_distribution(rows, near, progress)
+    if mix: dist = mix(dist, *neighbour_arrays(near, distances))
+    return [Prediction(a, b, dist[i], near[i][:self.k]) for i, (a, b) in enumerate(rows.itertuples(index=False))]
 
-    @classmethod
-    def from_folder(cls,
-                    model_dir: str|Path,         # trained folder
-                    index_dir: str|Path|None=None, # folder of a `PairRetriever`; None: no similar pairs
-                    device: str|None=None,       # default: 'cuda' where there is one
-                    target: str|None=None,       # refuse a model that was trained for another column
-                    **options                    # batch_size and both_orders of the predictor
-                   ):
-        "Load a trained folder; errors name what is missing or does not fit"
-        path = Path(model_dir)/'corrnb.json'
-        if not path.exists(): raise FileNotFoundError(f'{model_dir} is no trained folder: it has no corrnb.json')
-        facts = json.loads(path.read_text())
-        if target not in (None, facts['target']): raise ValueError(f"{model_dir} was trained for the target {facts['target']}, not {target}")
-        base = load_model(facts['base_model'], quantize=facts.get('use_4bit', False), device=device)
-        grid = AnswerGrid(load_tokenizer(str(model_dir)), prefix=ANSWER_PREFIX)
-        check_manifest(model_dir, base, grid)
-        model = PeftModel.from_pretrained(base, model_dir)  # changes `base` itself: whoever embeds must know of the adapter to switch it off
-        retriever = PairRetriever.load(index_dir, model, grid.tokenizer, Settings().MODEL_CACHE_DIR/'embeddings') if index_dir else None
-        mixture = Mixture(**facts['mixture']) if facts.get('mixture') else None
-        return cls(model, grid, retriever, facts.get('rag_top_k', Settings().RAG_TOP_K), facts.get('nearest_last', True), mixture, **options)
+@patch
+def predict(self: CorrelationPredictor,
+            title_a: str,
+            title_b: str,
+            explain: bool=False   # let the model write its reasons; the number stays
+           ) -> Prediction:
+    "Predict one pair; ValueError for empty or identical titles"
+    p = self.predict_many([(title_a, title_b)])[0]
+    return replace(p, reasoning=self._reasoning(p)) if explain else p
 
-    @classmethod
-    def from_run(cls, run_dir: str|Path,  # a run's folder
-                 device: str|None=None,   # default: 'cuda' where there is one
-                 **options                # target of `from_folder`; batch_size and both_orders of the predictor
-                ):
-        "Load the model and the index of a finished run"
-        return cls.from_folder(Path(run_dir)/'model', Path(run_dir)/'index', device, **options)
+# %% ../nbs/12_inference.ipynb #ab4ed3a8
+@patch
+@torch.inference_mode()
+def _reasoning(self: CorrelationPredictor, p: Prediction) -> str:
+    "Sample the reasoning field of the JSON answer behind the already fixed number, type and confidence"
+    s, tok = Settings(), self.grid.tokenizer
+    head = p.answer.to_json()[:-1] + ', "reasoning": "'
+    ids = encode(tok, [make_prompt(p.contract_a_title, p.contract_b_title, p.neighbours, self.nearest_last)])[0] + encode(tok, [head], bos=False)[0]
+    ids = torch.tensor([ids], device=next(self.model.parameters()).device)
+    sampling = dict(do_sample=True, temperature=s.TEMPERATURE) if s.TEMPERATURE > 0 else dict(do_sample=False)
+    out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=s.MAX_NEW_TOKENS, **sampling,
+                              stop_strings=['"'], tokenizer=tok, pad_token_id=tok.pad_token_id)
+    return tok.decode(out[0, ids.shape[1]:], skip_special_tokens=True).split('"')[0].strip()
+
+# %% ../nbs/12_inference.ipynb #cf602b3a
+def _base(facts: dict, device: str|None):
+    "The model that an adapter was trained on"
+    return load_model(facts['base_model'], quantize=facts.get('use_4bit', False), device=device)
+
+def _merged(model_dir, facts: dict, device: str|None):
+    "A copy of the base model with the adapter added to its weights, which are dequantized first: rounding them to NF4 again would change the forecasts"
+    base = _base(facts, device)
+    if getattr(base, 'is_quantized', False): base = base.dequantize()
+    return PeftModel.from_pretrained(base, model_dir).merge_and_unload()
+
+@patch(cls_method=True)
+def from_folder(cls: CorrelationPredictor,
+                model_dir: str|Path,           # trained folder
+                index_dir: str|Path|None=None, # folder of a `PairRetriever`; None: no similar pairs
+                device: str|None=None,         # default: 'cuda' where there is one
+                target: str|None=None,         # refuse a model that was trained for another column
+                merge: bool=False,             # add the adapter to the weights of a second copy: faster, more memory
+                **options                      # batch_tokens and both_orders of the predictor
+               ):
+    "Load a trained folder; errors name what is missing or does not fit"
+    path = Path(model_dir)/'corrnb.json'
+    if not path.exists(): raise FileNotFoundError(f'{model_dir} is no trained folder: it has no corrnb.json')
+    facts = json.loads(path.read_text())
+    if target not in (None, facts['target']): raise ValueError(f"{model_dir} was trained for the target {facts['target']}, not {target}")
+    base, grid = _base(facts, device), AnswerGrid(load_tokenizer(str(model_dir)), prefix=ANSWER_PREFIX)
+    check_manifest(model_dir, base, grid)
+    if merge: embedder, model = base, _merged(model_dir, facts, device)
+    else: embedder = model = PeftModel.from_pretrained(base, model_dir)  # changes `base` itself: whoever embeds must know of the adapter to switch it off
+    retriever = PairRetriever.load(index_dir, embedder, grid.tokenizer, Settings().MODEL_CACHE_DIR/'embeddings') if index_dir else None
+    mixture = Mixture(**facts['mixture']) if facts.get('mixture') else None
+    return cls(model, grid, retriever, facts.get('rag_top_k', Settings().RAG_TOP_K), facts.get('nearest_last', True), mixture, **options)
+
+@patch(cls_method=True)
+def from_run(cls: CorrelationPredictor,
+             run_dir: str|Path,       # a run's folder
+             device: str|None=None,   # default: 'cuda' where there is one
+             **options                # target and merge of `from_folder`; batch_tokens and both_orders of the predictor
+            ):
+    "Load the model and the index of a finished run"
+    return cls.from_folder(Path(run_dir)/'model', Path(run_dir)/'index', device, **options)

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_PACKAGE', 'EMBEDDED_FILE', 'EMBEDDED_SHA256', 'tiny_tokenizer', 'tiny_model', 'embedded_gguf',
-           'embedded_folder', 'load_tokenizer', 'load_model', 'encode', 'add_lora', 'model_fingerprint']
+           'embedded_folder', 'load_tokenizer', 'load_model', 'encode', 'token_batches', 'add_lora',
+           'model_fingerprint']
 
 # %% ../nbs/05_models.ipynb #77184cda
-import hashlib, importlib.util, os, tempfile
+import hashlib, importlib.util, os, tempfile, weakref
 from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models as tok_models, pre_tokenizers, trainers
-from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig,
                           LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast)
 from .config import Settings, atomic_dir, content_hash
 
@@ -117,12 +118,12 @@ def load_tokenizer(name: str,                # hub id, folder, 'embedded', 'tiny
 def load_model(name: str,                       # hub id, folder, 'embedded', 'tiny' or 'tiny:<style>'
                quantize: bool=False,            # NF4 with double quantization (QLoRA, Dettmers et al. 2023, arXiv 2305.14314)
                dtype: torch.dtype|None=None,    # default: bfloat16 on a GPU, float32 on a CPU
-               device: str|None=None,           # default: 'cuda' where there is one, else 'cpu'
+               device: str|None=None,           # default: 'cuda' where there is one (of several processes each its own), else 'cpu'
                attn: str='sdpa',                # 'sdpa' or 'eager': both take the 4D masks of the answer tree
-               cache_dir: Path|None=None        # where the embedded model is unpacked (default: Settings().MODEL_CACHE_DIR)
+               cache_dir: Path|None=None        # of the embedded model's and of NF4 weights (default: Settings().MODEL_CACHE_DIR)
               ) -> PreTrainedModel:
     "A causal language model in evaluation mode; OSError if it cannot be had, naming HF_TOKEN where that may be the reason"
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu')
     dtype = dtype or (torch.bfloat16 if device != 'cpu' else torch.float32)
     if name.split(':')[0] == 'tiny':
         model = tiny_model(len(load_tokenizer(name)))
@@ -130,18 +131,39 @@ def load_model(name: str,                       # hub id, folder, 'embedded', 't
         if not quantize: return model.to(device, dtype)
         with tempfile.TemporaryDirectory() as folder:  # quantization happens while loading
             model.save_pretrained(folder)
-            return _load(name, folder, True, dtype, device, attn)
-    return _load(name, _folder_or_hub(name, cache_dir), quantize, dtype, device, attn)
+            return _load(name, folder, dtype, device, attn, _nf4(dtype))
+    where = _folder_or_hub(name, cache_dir)
+    if quantize: return _load_nf4(name, where, dtype, device, attn, cache_dir)
+    return _load(name, where, dtype, device, attn)
 
-def _load(name, where, quantize, dtype, device, attn):
-    "Load from a folder or the hub, quantized if asked for"
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+def _load(name, where, dtype, device, attn, nf4=None):
+    "Load from a folder or the hub; quantized with the settings `nf4`, or if it was saved so"
     model = _from_pretrained(AutoModelForCausalLM, name, where, dtype=dtype, attn_implementation=attn, device_map={'': device},
-                             **(dict(quantization_config=nf4) if quantize else {}))
+                             **(dict(quantization_config=nf4) if nf4 else {}))
     model.config.name_or_path = name  # the adapter's config names its base by this, not by a folder of this machine
     for m in model.modules():         # bitsandbytes' inference format for AVX-512 CPUs: after a forward pass in it, gradients are wrong
         if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
     return model.eval()
+
+# %% ../nbs/05_models.ipynb #91aa91e0
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    "4-bit NormalFloat with double quantization, computing in `dtype`"
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+
+def _version_of(name: str, where: str):
+    "What tells one version of a model's weights from another"
+    if Path(where).is_dir():
+        return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(where).iterdir()) if p.suffix in ('.json', '.safetensors')]
+    return getattr(_from_pretrained(AutoConfig, name, where), '_commit_hash', None)
+
+def _load_nf4(name, where, dtype, device, attn, cache_dir):
+    "Load NF4 weights from the cache, where they are put on first use"
+    key = content_hash(name, _version_of(name, where), str(dtype))
+    folder = Path(cache_dir or Settings().MODEL_CACHE_DIR)/f"nf4-{Path(name).name.lower()}-{key[:8]}"
+    if folder.exists(): return _load(name, str(folder), dtype, device, attn)
+    model = _load(name, where, dtype, device, attn, _nf4(dtype))
+    with atomic_dir(folder) as tmp: model.save_pretrained(tmp)
+    return model
 
 # %% ../nbs/05_models.ipynb #be658466
 def encode(tokenizer: PreTrainedTokenizerBase,
@@ -153,6 +175,17 @@ def encode(tokenizer: PreTrainedTokenizerBase,
     ids = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
     start = [tokenizer.bos_token_id] if bos and tokenizer.bos_token_id is not None else []
     return [start + list(i) for i in ids]
+
+# %% ../nbs/05_models.ipynb #532e68a3
+def token_batches(lengths: list[int],# tokens of each sequence
+                          batch_tokens: int  # most tokens in a batch, padding included; a longer text gets a batch of its own
+                 ) -> list[list[int]]:
+    "Places of the sequences of each batch, long ones first"
+    batches, width = [], 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or width * (len(batches[-1]) + 1) > batch_tokens: batches.append([]); width = lengths[i]
+        batches[-1].append(i)
+    return batches
 
 # %% ../nbs/05_models.ipynb #57fb7c11
 def add_lora(model: PreTrainedModel,
@@ -173,11 +206,19 @@ def add_lora(model: PreTrainedModel,
         return get_peft_model(model, config)
 
 # %% ../nbs/05_models.ipynb #f905f429
+_FINGERPRINTS = weakref.WeakKeyDictionary()   # model: state of its weights, fingerprint
+
 def model_fingerprint(model: torch.nn.Module) -> str:
     "Short hash that tells models apart: names, shapes and a sample of the values of all weights but LoRA's"
+    weights = [(name, p) for name, p in model.named_parameters() if 'lora_' not in name]
+    state = [(name, id(p), p.data_ptr(), p._version) for name, p in weights]
+    if _FINGERPRINTS.get(model, (None, None))[0] != state: _FINGERPRINTS[model] = state, _fingerprint(weights)
+    return _FINGERPRINTS[model][1]
+
+def _fingerprint(weights) -> str:
+    "Hash of named tensors"
     parts = []
-    for name, p in model.named_parameters():
-        if 'lora_' in name: continue
+    for name, p in weights:
         flat = p.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel()//16)][:16].float().cpu().tolist()
         parts.append((name.replace('base_model.model.', '').replace('.base_layer', ''), list(p.shape), str(p.dtype), sample))

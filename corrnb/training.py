@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from fastcore.basics import patch
 from sklearn.metrics import mean_absolute_error, r2_score
 from torch.utils.data import Dataset, Sampler
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+from transformers.training_args import OptimizerNames
 from .answers import AnswerDistribution, AnswerGrid, model_inputs, tree_batch, tree_log_probs
 from .config import atomic_dir, atomic_write, content_hash, fsync_tree
 from .embeddings import decoder_of, hidden_states
@@ -46,11 +48,14 @@ class TrainingConfig:
     checks_per_epoch: int = 1              # validations and checkpoints
     early_stopping_patience: int = 0       # validations without progress after which training ends; 0: train to the end
     gradient_checkpointing: bool = False   # less memory for a quarter more time
+    optim: str = 'adamw_torch_fused'       # any optimizer of transformers; paged_adamw_8bit: a quarter of the memory for its state
     seed: int = 0
 
     def __post_init__(self):
         if self.regression_loss_type not in REGRESSION_LOSSES:
             raise ValueError(f'unknown regression_loss_type {self.regression_loss_type!r}: one of {", ".join(REGRESSION_LOSSES)}')
+        if self.optim not in list(OptimizerNames):
+            raise ValueError(f'unknown optim {self.optim!r}: one of {", ".join(OptimizerNames)}')
         for name in ('num_train_epochs', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'learning_rate', 'lora_r', 'lora_alpha',
                      'checks_per_epoch'):
             if not getattr(self, name) > 0: raise ValueError(f'{name} must be positive, not {getattr(self, name)}')
@@ -215,7 +220,8 @@ class RegressionAugmentedTrainer(Trainer):
         self.compute_metrics, self.label_names = self._validation_metrics, ['values']
         n = n_frozen(self.model)
         self.frozen = FrozenBlocks(self.model, n) if n else None
-        self.fitted = np.full(len(self.train_dataset), np.nan)  # prediction of each row when it was last trained on
+        self.fitted = np.full(len(self.train_dataset), np.nan)  # prediction of each row when it was last trained on,
+        self.fitted_at = np.full(len(self.train_dataset), -1)   # and the step of it
         self._reset_parts()
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
@@ -270,7 +276,17 @@ def _keep(self: RegressionAugmentedTrainer, parts: dict, dist: AnswerDistributio
             real.sum(), (inputs['labels'] != -100).sum(), inputs['n_tokens'][real].sum()]
     sums = torch.stack([x.detach().float().to(dist.log_probs.device) for x in sums])
     self._parts = sums if self._parts is None else self._parts + sums
-    self.fitted[inputs['places'][real].cpu()] = dist.mean.detach()[rows].float().cpu()
+    places = inputs['places'][real].cpu()
+    self.fitted[places], self.fitted_at[places] = dist.mean.detach()[rows].float().cpu(), self.state.global_step
+
+@patch
+def _share_fitted(self: RegressionAugmentedTrainer):
+    "Of each row the newest prediction of all processes"
+    if self.args.world_size == 1: return
+    mine = torch.tensor(np.stack([self.fitted_at, self.fitted]), dtype=torch.float32, device=self.accelerator.device)
+    at, fitted = self.accelerator.gather(mine[None]).cpu().numpy().swapaxes(0, 1)
+    newest = at.argmax(0)[None]
+    self.fitted_at, self.fitted = (np.take_along_axis(x, newest, 0)[0].astype(float) for x in (at, fitted))
 
 @patch
 def log(self: RegressionAugmentedTrainer, logs: dict, start_time: float|None=None):
@@ -304,8 +320,7 @@ def _get_train_sampler(self: RegressionAugmentedTrainer, train_dataset=None):
     "Own seeded order instead of Trainer's, which depends on global random state"
     rows, a = self.train_dataset, self.args
     lengths, world = [len(rows[0, i]['prompt']) for i in range(len(rows))], a.world_size
-    return StepSampler(lengths, a.per_device_train_batch_size*a.gradient_accumulation_steps*world, self.config.seed,
-                       a.per_device_train_batch_size*world if world > 1 else 1)
+    return StepSampler(lengths, self.step_rows, self.config.seed, a.per_device_train_batch_size*world if world > 1 else 1)
 
 # %% ../nbs/11_training.ipynb #db149264
 @patch
@@ -321,9 +336,15 @@ def manifest(model, grid: AnswerGrid) -> dict:
     return dict(base_model=model.config.name_or_path, model=model_fingerprint(model), answer_grid=grid.fingerprint, prompt=prompt_fingerprint())
 
 @patch(as_prop=True)
+def step_rows(self: RegressionAugmentedTrainer) -> int:
+    "Rows of an optimizer step"
+    return self.args.per_device_train_batch_size*self.args.gradient_accumulation_steps*self.args.world_size
+
+@patch(as_prop=True)
 def fingerprint(self: RegressionAugmentedTrainer) -> str:
     "Short hash of all that shapes the training"
-    settings = {k: v for k, v in asdict(self.config).items() if k != 'output_dir'}
+    no_matter = ('output_dir', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing')
+    settings = {k: v for k, v in asdict(self.config).items() if k not in no_matter} | dict(step_rows=self.step_rows)
     return content_hash(settings, manifest(self.model, self.grid), self.train_dataset.fingerprint, self.eval_dataset and self.eval_dataset.fingerprint)
 
 @patch
@@ -335,6 +356,7 @@ def _save(self: RegressionAugmentedTrainer, output_dir=None, state_dict=None):
 def _save_checkpoint(self: RegressionAugmentedTrainer, model, trial=None):
     "Trainer's checkpoint, flushed to the disk, then its marker"
     super(RegressionAugmentedTrainer, self)._save_checkpoint(model, trial)
+    self._share_fitted()
     if not self.args.should_save: return
     folder = Path(self.args.output_dir)/f'checkpoint-{self.state.global_step}'
     np.save(folder/'fitted.npy', self.fitted, allow_pickle=False)
@@ -344,27 +366,74 @@ def _save_checkpoint(self: RegressionAugmentedTrainer, model, trial=None):
 @patch
 def _ours(self: RegressionAugmentedTrainer, checkpoint: Path) -> bool:
     "Is it complete, and of this very training?"
-    return (checkpoint/_MARKER).exists() and json.loads((checkpoint/_MARKER).read_text())['fingerprint'] == self.fingerprint
+    try: return json.loads((checkpoint/_MARKER).read_text())['fingerprint'] == self.fingerprint
+    except FileNotFoundError: return False     # not complete, or just removed by another process
 
 @patch
 def newest_checkpoint(self: RegressionAugmentedTrainer) -> Path|None:
     "The last complete checkpoint of this very training; None if there is none"
     return max(filter(self._ours, Path(self.args.output_dir).glob('checkpoint-*')), key=lambda p: int(p.name.split('-')[1]), default=None)
 
+# %% ../nbs/11_training.ipynb #3f766388
+@patch
+def _too_much(self: RegressionAugmentedTrainer) -> str:
+    "The message for rows that do not fit, with what has not been tried yet"
+    c, a = self.config, self.args
+    if a.world_size > 1: return 'out of memory: halve per_device_train_batch_size and double gradient_accumulation_steps, the steps stay the same'
+    advice = {'gradient_checkpointing=true (a quarter more time)': not c.gradient_checkpointing,
+              'use_4bit=true (weights of a quarter of the size)': not getattr(self.model.get_base_model(), 'is_quantized', False),
+              'shorter prompts (a smaller rag_top_k, shorter titles)': True, 'text_loss_weight=0 (rows end with the number)': c.text_loss_weight > 0,
+              'lora_last_layers=8 (no backward pass below them)': not c.lora_last_layers, 'a smaller model': True}
+    memory = f' ({torch.cuda.get_device_properties(0).total_memory/2**30:.0f} GiB)' if torch.cuda.is_available() else ''
+    return f'out of memory{memory}: not even one row fits into a forward pass. What would help: ' + ', '.join(k for k, v in advice.items() if v)
+
+@patch
+def _halve(self: RegressionAugmentedTrainer, error: Exception):
+    "Smaller micro-batches and more of them, as many rows in all; RuntimeError where they cannot be smaller"
+    a, rows = self.args, self.args.per_device_train_batch_size*self.args.gradient_accumulation_steps
+    smaller = [] if a.world_size > 1 else [m for m in range(1, a.per_device_train_batch_size//2 + 1) if rows % m == 0]
+    if not smaller: raise RuntimeError(self._too_much()) from error
+    print(f'Out of memory with {a.per_device_train_batch_size} rows at a time: starting again with {smaller[-1]}, still {rows} to a step')
+    a.per_device_train_batch_size, a.gradient_accumulation_steps = smaller[-1], rows//smaller[-1]
+    a.per_device_eval_batch_size, self._train_batch_size = max(1, a.per_device_eval_batch_size//2), a.train_batch_size
+
+@patch
+def _restore(self: RegressionAugmentedTrainer, weights: dict):
+    "Everything as before training: trained weights, no optimizer, no predictions"
+    trained = dict(self.model.named_parameters())
+    with torch.no_grad():
+        for name, w in weights.items(): trained[name].copy_(w)
+    self.model.zero_grad()
+    self.optimizer, self.lr_scheduler, self.model_wrapped = None, None, self.model
+    self.fitted[:], self.fitted_at[:] = np.nan, -1
+    clear_device_cache(garbage_collection=True)
+
+# %% ../nbs/11_training.ipynb #ad6387aa
 @patch
 def train(self: RegressionAugmentedTrainer,
           resume_from_checkpoint: bool|str|None=None, # True: from the newest complete checkpoint of this very training, if there is one
           **kwargs                                    # of `Trainer.train`
          ):
-    "Train, or go on training; checkpoints of anything else in `output_dir` are removed"
+    "Train, or go on training; checkpoints of anything else in `output_dir` are removed; RuntimeError where not even one row fits into memory"
     if resume_from_checkpoint is True: resume_from_checkpoint = self.newest_checkpoint()
     for p in Path(self.args.output_dir).glob('checkpoint-*') if self.args.should_save else []:
         if not resume_from_checkpoint or not self._ours(p): shutil.rmtree(p)
-    if resume_from_checkpoint: self.fitted = np.load(Path(resume_from_checkpoint)/'fitted.npy', allow_pickle=False)
-    self._reset_parts()
-    return super(RegressionAugmentedTrainer, self).train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **kwargs)
+    weights = {n: p.detach().cpu().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+    while True:
+        if resume_from_checkpoint: self.fitted = np.load(Path(resume_from_checkpoint)/'fitted.npy', allow_pickle=False)
+        set_seed(self.args.seed)
+        self._reset_parts()
+        try: result = super(RegressionAugmentedTrainer, self).train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **kwargs)
+        except RuntimeError as e:
+            if not should_reduce_batch_size(e): raise
+            self._halve(e)
+        else:
+            self._share_fitted()
+            return result
+        self._restore(weights)     # not in the handler: the error holds what filled the memory
+        resume_from_checkpoint = self.newest_checkpoint() or resume_from_checkpoint
 
-# %% ../nbs/11_training.ipynb #3f766388
+# %% ../nbs/11_training.ipynb #b7f7f550
 def make_trainer(model,                  # with a LoRA adapter, see `models.add_lora`
                  grid: AnswerGrid,
                  rows: TrainingRows,
@@ -375,17 +444,19 @@ def make_trainer(model,                  # with a LoRA adapter, see `models.add_
                 ) -> RegressionAugmentedTrainer:
     "A trainer for the rows; ValueError if the model has nothing to train"
     if not any(p.requires_grad for p in model.parameters()): raise ValueError('the model has no trainable weights: add an adapter with add_lora')
-    c = config
+    c, device = config, next(model.parameters()).device.type
     step_rows = c.per_device_train_batch_size*c.gradient_accumulation_steps*int(os.environ.get('WORLD_SIZE', 1))
-    every = -(-len(rows)//step_rows//c.checks_per_epoch)   # optimizer steps
+    every = -(-len(rows)//step_rows//c.checks_per_epoch)   # optimizer steps between checks; the log has a line for each at least
     checks = dict(save_strategy='steps', save_steps=every, save_total_limit=2)
     if validation is not None: checks |= dict(eval_strategy='steps', eval_steps=every, load_best_model_at_end=True, metric_for_best_model='crps',
                                               greater_is_better=False, per_device_eval_batch_size=8)
     args = TrainingArguments(**(dict(
         output_dir=c.output_dir, num_train_epochs=c.num_train_epochs, per_device_train_batch_size=c.per_device_train_batch_size,
-        gradient_accumulation_steps=c.gradient_accumulation_steps, learning_rate=c.learning_rate, lr_scheduler_type='linear',
-        warmup_steps=c.warmup_fraction, seed=c.seed, logging_steps=5, report_to='none', remove_unused_columns=False,
-        use_cpu=next(model.parameters()).device.type == 'cpu', dataloader_pin_memory=False) | checks | arguments))
+        gradient_accumulation_steps=c.gradient_accumulation_steps, learning_rate=c.learning_rate, lr_scheduler_type='linear', optim=c.optim,
+        warmup_steps=c.warmup_fraction, seed=c.seed, logging_steps=min(5, every), report_to='none', remove_unused_columns=False,
+        bf16=device == 'cuda' and model.get_input_embeddings().weight.dtype == torch.bfloat16,   # else the adapter computes in float32
+        use_cpu=device == 'cpu', ddp_backend='gloo' if device == 'cpu' and 'RANK' in os.environ else None, ddp_find_unused_parameters=False,
+        dataloader_pin_memory=False) | checks | arguments))
     if c.gradient_checkpointing: model.gradient_checkpointing_enable(dict(use_reentrant=False))
     stop = [EarlyStoppingCallback(c.early_stopping_patience)] if c.early_stopping_patience and validation is not None else []
     return cls(model=model, args=args, train_dataset=rows, eval_dataset=validation, callbacks=stop, answer_grid=grid, config=c,
