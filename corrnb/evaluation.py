@@ -6,10 +6,10 @@
 __all__ = ['WITHIN', 'LEVELS', 'MIN_ROWS', 'NAMES', 'SIZES', 'MIN_CONTRACTS', 'COLOURS', 'MARKERS', 'LINES', 'AXES', 'PARTS',
            'regression_metrics', 'crps', 'central_interval', 'distribution_scores', 'distribution_metrics',
            'label_distribution', 'label_ceiling', 'contract_folds', 'keyword_retrieval', 'kernel_ridge', 'tfidf_ridge',
-           'symmetric_vectors', 'vector_ridge', 'knn_mean', 'baseline_predictions', 'metrics_table', 'format_table',
-           'strata', 'strata_table', 'side_by_side', 'save_metrics', 'node_weights', 'weighted_metrics',
-           'bootstrap_intervals', 'paired_difference', 'plot_predictions', 'plot_metrics', 'plot_intervals',
-           'plot_distance', 'plot_losses', 'plot_calibration', 'example_rows', 'plot_examples']
+           'symmetric_vectors', 'vector_ridge', 'knn_mean', 'baseline_predictions', 'training_distribution',
+           'metrics_table', 'format_table', 'strata', 'strata_table', 'side_by_side', 'save_metrics', 'node_weights',
+           'weighted_metrics', 'bootstrap_intervals', 'paired_difference', 'plot_predictions', 'plot_metrics',
+           'plot_intervals', 'plot_distance', 'plot_losses', 'plot_calibration', 'example_rows', 'plot_examples']
 
 # %% ../nbs/13_evaluation.ipynb #9588089c
 import json, math, re, time, warnings
@@ -67,7 +67,7 @@ def regression_metrics(
 # %% ../nbs/13_evaluation.ipynb #901dcfe7
 def _check_grid(probabilities, values):
     "Rows that sum to one and increasing grid values, as float64 arrays."
-    p, x = np.asarray(probabilities, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    p, x = np.asarray(probabilities, dtype=np.float64), np.array(values, dtype=np.float64)
     if p.ndim != 2 or p.shape[1] != len(x):
         raise ValueError(f"probabilities have shape {p.shape}; expected (rows, {len(x)}) for {len(x)} values")
     if np.any(np.diff(x) <= 0): raise ValueError("the grid values must increase")
@@ -90,7 +90,7 @@ def crps(
     y, # true values, shape (n,); need not lie on the grid
 ) -> np.ndarray: # one score per row in units of y, shape (n,); 0 is perfect
     "Exact continuous ranked probability score of discrete forecasts (Gneiting and Raftery 2007, equation 21)."
-    return _distribution(probabilities, values).crps(torch.tensor(np.asarray(y, dtype=float))).numpy()
+    return _distribution(probabilities, values).crps(torch.tensor(np.array(y, dtype=float))).numpy()
 
 # %% ../nbs/13_evaluation.ipynb #8ef28807
 def central_interval(
@@ -298,6 +298,15 @@ def baseline_predictions(
     result.attrs["seconds_per_query"] = seconds
     return result
 
+# %% ../nbs/13_evaluation.ipynb #9097231a
+def training_distribution(
+    labels, # targets of the training rows, shape (n,)
+    values, # increasing grid values
+) -> np.ndarray: # share of the labels that are nearest to each value, shape (len(values),)
+    "The distribution of the training labels on the grid; what the training mean is among point forecasts. ValueError on a missing label."
+    y, x = _checked(labels=labels)[0], np.asarray(values, dtype=float)
+    return np.bincount(np.abs(y[:, None] - x).argmin(1), minlength=len(x)) / len(y)
+
 # %% ../nbs/13_evaluation.ipynb #8adbae54
 MIN_ROWS = 30 # a line with fewer rows is noted as "too few to judge"
 _FEW = "too few to judge"
@@ -328,7 +337,7 @@ def metrics_table(
     by="split", # column or columns to group by; ["split", "novelty"] tells new pairs of known contracts from wholly new ones
     scores=None, # dict: for methods that forecast distributions a frame as from `distribution_scores`, in the order of `rows`
 ) -> pd.DataFrame: # columns `by`, method, those of `regression_metrics`, crps and the scores' (NaN where a method has none), and note
-    "Metrics of every method in every group, baselines beside the model; ValueError names an unknown column or the row that lacks something."
+    "Metrics of every method in every group, baselines beside the model; ValueError names an unknown column or a bad row."
     by, scores = [by] if isinstance(by, str) else list(by), scores or {}
     _check_methods(rows, predictions, target, scores)
     _need(rows, *by)
@@ -483,7 +492,7 @@ def bootstrap_intervals(
     baseline=None, # method to compare the others with
     n_boot=1000, # bootstrap replicates
     seed=0, # seed of the draws
-) -> pd.DataFrame: # index method and metric; value, lower, upper (95 %); with a baseline also difference, difference_lower, difference_upper
+) -> pd.DataFrame: # index method and metric; value, lower, upper (95 %), with a baseline difference and its two limits, and note
     "Node-bootstrap intervals of every metric of every method, and paired differences to a baseline; ValueError as `metrics_table`."
     scores = scores or {}
     _check_methods(rows, predictions, target, scores)
@@ -504,7 +513,8 @@ def bootstrap_intervals(
         other, draws = value.reindex(base).to_numpy(), replicates.reindex(columns=pd.MultiIndex.from_tuples(base)).to_numpy()
         result["difference"] = value.to_numpy() - other
         result["difference_lower"], result["difference_upper"] = _limits(replicates.to_numpy() - draws, n_groups)
-    return result.rename_axis(["method", "metric"])
+    few = len(rows) < MIN_ROWS or n_groups < MIN_CONTRACTS
+    return result.rename_axis(["method", "metric"]).assign(note=_FEW if few else "")
 
 # %% ../nbs/13_evaluation.ipynb #0cfa542f
 def paired_difference(
@@ -645,9 +655,9 @@ def plot_losses(
     log_history: list, # dicts as in transformers' `trainer.state.log_history`; those with a known part and `step` are drawn
     title="Training", # of the figure
 ): # the figure
-    "One panel for each part of the training log that occurs; ValueError if there is none."
+    "One panel for each part of the training log that occurs and is not 0 throughout; ValueError if there is none."
     series = {k: [(e["step"], e[k]) for e in log_history if k in e and "step" in e] for k in PARTS}
-    series = {k: np.array(v, dtype=float).T for k, v in series.items() if v}
+    series = {k: np.array(v, dtype=float).T for k, v in series.items() if any(x for _, x in v)}
     if not series: raise ValueError(f"the log has no entry with step and one of {', '.join(PARTS)}")
     columns = min(3, len(series)); lines = -(-len(series) // columns)
     fig, axes = plt.subplots(lines, columns, figsize=(2.5 * columns + 0.3, 0.4 + 1.9 * lines), layout="constrained",
@@ -681,7 +691,7 @@ def plot_calibration(
         p, known = p if isinstance(p, tuple) else (p, y)
         seen = distribution_metrics(p, values, known, level)
         style = dict(marker=MARKERS[i % 7], ls=LINES[i % 7], color=COLOURS[i % 7])
-        ax.plot(level, [seen[f"coverage_{100*q:g}"] for q in level], ms=4, lw=1, label=name, **style)
+        ax.plot(level, [seen[f"coverage_{100*q:g}"] for q in level], ms=max(3, 7 - 1.5 * i), mfc="none", lw=1, label=name, **style)
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="promised coverage", ylabel="observed coverage", title=title, aspect="equal")
     ax.legend(fontsize=8, loc="upper left")
     return ax
@@ -712,13 +722,14 @@ def plot_examples(
     tall = [0.95 + 0.34 * min(shown, len(n)) for n in near]
     fig, axes = plt.subplots(len(rows), 2, figsize=(10, 0.8 + sum(tall)), width_ratios=(1.5, 1), height_ratios=tall,
                              layout="constrained", squeeze=False)
+    last = len(rows) - 1
     for i, ((words, ax), row, pairs) in enumerate(zip(axes, rows.itertuples(), near)):
         _write_example(words, row, pairs[:shown])
         ax.fill_between(x, p[i] / p[i].max(), color=COLOURS[5], alpha=0.5, step="mid", lw=0, label="predicted distribution")
         ax.axvline(p[i] @ x, color=COLOURS[0], lw=1.8, label="predicted mean")
         for name, v, c, ls in zip(known, known.values(), COLOURS[1:], LINES[1:]): ax.axvline(v[i], color=c, lw=1.8, ls=ls, label=name)
         if pairs: ax.plot([n["value"] for n in pairs], np.full(len(pairs), 0.05), "^", color="0.2", ms=7, mfc="none", label="similar pairs")
-        ax.set(xlim=(-1.02, 1.02), ylim=(0, 1.05), xticks=np.linspace(-1, 1, 5), yticks=[], xlabel="correlation" if i == len(rows) - 1 else "")
+        ax.set(xlim=(-1.02, 1.02), ylim=(0, 1.05), xticks=np.linspace(-1, 1, 5), yticks=[], xlabel="correlation" if i == last else "")
     handles = {l: h for ax in axes[:, 1] for h, l in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     fig.suptitle(title, fontsize=11)
