@@ -18,7 +18,7 @@ from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Callable, Literal, NamedTuple
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, Strict, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 from pydantic import ValidationInfo, create_model, field_validator
 from pydantic_core import PydanticCustomError
 from scipy.sparse import coo_array
@@ -82,9 +82,10 @@ def _text(value, info: ValidationInfo):  # texts that are cut are counted in the
     if len(text) > MAX_TEXT and info.context is not None: info.context[info.field_name] += 1
     return text[:MAX_TEXT].rstrip() or None
 
-def _moment(value):  # as UTC; what is no time, such as a bare number, stays as it is
-    try: return _utc(value if isinstance(value, datetime) else datetime.fromisoformat(str(value).strip()), None)
-    except (ValueError, OverflowError): return _cell(value)
+def _moment(value):  # as UTC; a bare number is no time
+    if (value := _cell(value)) is None: return None
+    try: return _utc(value if isinstance(value, datetime) else datetime.fromisoformat(str(value)), None)
+    except (ValueError, OverflowError): raise ValueError('it should be a date or time such as 2026-07-20T14:00Z') from None
 
 _utc = UtcDateTime().process_bind_param
 
@@ -92,7 +93,7 @@ def _json(value):  # JSON text, whether the cell holds that or what it stands fo
     try:
         if isinstance(value, str): value = json.loads(value) if value.strip() else None
         return None if value is None else json.dumps(value, ensure_ascii=False, allow_nan=False, default=lambda v: v.tolist())
-    except ValueError as e: raise ValueError(f'it should be JSON ({e})') from None
+    except (ValueError, AttributeError) as e: raise ValueError(f'it should be JSON ({e})') from None
 
 # %% ../nbs/02_data.ipynb #a9c8ccc3
 class Kind(NamedTuple):
@@ -103,7 +104,7 @@ class Kind(NamedTuple):
 
 NAME, TEXT, JSON = Kind(_name, str, TEXT_DTYPE), Kind(_text, str, TEXT_DTYPE), Kind(_json, str, TEXT_DTYPE)
 NUMBER, WHOLE, FLAG = Kind(_cell, FiniteFloat, float), Kind(_cell, int, 'Int64'), Kind(_cell, bool, 'boolean')
-MOMENT = Kind(_moment, Annotated[datetime, Strict()], 'datetime64[us, UTC]')
+MOMENT = Kind(_moment, datetime, 'datetime64[us, UTC]')
 _OF_TYPE = {UtcDateTime: MOMENT, sa.JSON: JSON, sa.Boolean: FLAG, sa.Integer: WHOLE, sa.Double: NUMBER, sa.Text: TEXT}
 
 def column_kinds(table: type[Base]) -> dict[str, Kind]:
@@ -232,7 +233,6 @@ def check_table(frame: pd.DataFrame,
                ) -> pd.DataFrame:        # its columns of that table, ready for `write_frame`
     "Rows of a table of `corrnb.schema`, or one `PairError` with all their problems"
     t, kinds, frame = table.__table__, column_kinds(table), frame.reset_index(drop=True)
-    if more := [c for c in frame if c not in kinds]: print(f'left out, since {t.name} has no such column: {", ".join(map(str, more))}')
     if needed is None: needed = [c.name for c in t.c if not c.nullable]
     return check_rows(frame, kinds, needed, [c.name for c in t.primary_key] if unique else [])[[c for c in kinds if c in frame]]
 
@@ -297,7 +297,9 @@ def import_file(path: str|Path,     # .csv, .csv.gz or .parquet, with the column
                 engine: sa.Engine|None=None  # None: that of the settings
                ) -> int:            # rows written; `PairError` for a file that cannot be used: then nothing is written
     "Put the rows of a file into a table, which is created if missing; rows with a known key are updated"
-    frame, engine = check_table(read_file(path), table), engine or make_engine()
+    frame = check_table(file := read_file(path), table)
+    if more := [c for c in file if c not in frame]: print(f'left out, since {table.__tablename__} has no such column: {", ".join(more)}')
+    engine = engine or make_engine()
     create_tables(engine)
     return write_frame(engine, table, frame)
 
