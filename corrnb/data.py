@@ -161,7 +161,7 @@ def _read_rows(frame: pd.DataFrame, kinds: dict[str, Kind], needed=(), cut: Coun
             good = np.setdiff1d(np.arange(len(block)), [error['loc'][0] for error in errors])
             block, rows = block.iloc[good], model.validate_python([records[i] for i in good])
         read = {c: pd.Series([getattr(row, c) for row in rows], block.index, kinds[c].dtype) for c in block}
-        parts.append(pd.DataFrame({c: block[c] if column.equals(block[c]) else column for c, column in read.items()}))  # no copy
+        parts.append(pd.DataFrame({c: block[c] if column.equals(block[c]) else column for c, column in read.items()}))
     return pd.concat(parts), problems
 
 # %% ../nbs/02_data.ipynb #4b386d53
@@ -181,7 +181,7 @@ def check_rows(frame: pd.DataFrame,      # its index counts the rows
     _need(frame, needed)
     values, problems = _read_rows(frame, kinds, needed, cut := Counter())
     keys = values[key]
-    if problems: keys = pd.DataFrame({k: _read_rows(frame, {k: kinds[k]})[0][k] for k in key}, index=frame.index)  # of bad rows, too
+    if problems: keys = pd.DataFrame({k: _read_rows(frame, {k: kinds[k]})[0][k] for k in key}, index=frame.index)
     problems += _repeated(keys) if key else []
     for column, n in cut.items(): print(f'{n} texts of {column} are longer than {MAX_TEXT:,} characters and are cut')
     if not problems: return frame.assign(**values).reset_index(drop=True)
@@ -217,10 +217,10 @@ def check_pairs(pairs: pd.DataFrame|list,  # `id`, both titles, the target; othe
     needed = ['contract_a_title', 'contract_b_title'] + ([] if target is None else ['id', target])
     _need(pairs, needed)
     if 'is_active' in pairs:
-        active, _ = _read_rows(pairs, dict(is_active=FLAG))
-        if off := (active.is_active == False).sum():  # noqa: E712
-            print(f'{off} of {len(pairs)} rows are marked inactive and are left out')
-            pairs = pairs.drop(active.index[active.is_active == False])  # noqa: E712
+        active = _read_rows(pairs, dict(is_active=FLAG))[0].is_active
+        if (off := ~active.fillna(True)).any():
+            print(f'{off.sum()} of {len(pairs)} rows are marked inactive and are left out')
+            pairs = pairs.drop(active.index[off])
     if 'split' in pairs and pairs.split.isna().all(): pairs = pairs.drop(columns='split')
     needed += [c for c in ('id', 'split') if c in pairs]
     return check_rows(pairs, kinds, needed, [c for c in ['id'] if c in pairs])
@@ -243,8 +243,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     sep = max(',;\t', key=header.count)
     names = [n.strip() for n in next(csv.reader([header], delimiter=sep), [])]
     if twice := sorted({n for n in names if names.count(n) > 1}): raise ValueError(f'two columns are called {", ".join(twice)}')
-    text = {f'contract_{s}_{c}': str for s in 'ab' for c in ('id', 'title', 'venue', 'event_id')}
-    text |= dict(id=str, contract_id=str, event_id=str)
+    text = {c: str for table in (ContractCorrelation, Contract) for c, kind in column_kinds(table).items() if kind in (NAME, TEXT)}
     with warnings.catch_warnings():
         warnings.simplefilter('error', pd.errors.ParserWarning)
         return pd.read_csv(path, sep=sep, decimal=',' if sep == ';' else '.', encoding='utf-8-sig',
