@@ -13,8 +13,9 @@ import pandas as pd
 from pathlib import Path
 from scipy.special import logit
 from .config import atomic_write, content_hash
-from .data import PairError, _read_table, clean_text, text_key
-from .schema import ContractCorrelation, _read, create_tables, make_engine, read_contracts, read_prices, write_frame
+from .data import check_table, read_file, text_key
+from .schema import Contract, ContractCorrelation, ContractPrice, create_tables, make_engine
+from .schema import read_contracts, read_prices, read_table, write_frame
 
 # %% ../nbs/03_labels.ipynb #5dd92283
 def _need(frame, what, *columns):
@@ -244,21 +245,13 @@ def _pair_names(pairs) -> list[tuple]:
     "Both contract ids of each pair, sorted; ids of any type as text"
     return [tuple(sorted((str(a), str(b)))) for a, b in zip(pairs["contract_a_id"], pairs["contract_b_id"])]
 
-def _check_contracts(contracts) -> pd.DataFrame:  # index contract_id, with cleaned titles
-    "Contracts ready for use, or a `PairError` with all their problems"
-    _need(contracts, "contracts", "contract_id", "title")
-    info = contracts.assign(title=contracts["title"].map(clean_text)).reset_index(drop=True)
-    problems = [f"row {i + 1}: contract_id {info['contract_id'][i]} occurs twice" for i in np.flatnonzero(info["contract_id"].duplicated())]
-    problems += [f"row {i + 1} ({info['contract_id'][i]}): the title is empty" for i in np.flatnonzero(info["title"] == "")]
-    if problems: raise PairError(problems, f"{len(problems)} problem(s) in {len(info)} contracts:")
-    return info.set_index("contract_id")
-
 def label_rows(
     labels: pd.DataFrame,     # as from `pair_correlations`
     contracts: pd.DataFrame,  # contract_id, title; venue, event_id, open_date where known. `PairError` lists what is wrong with them
 ) -> tuple:                   # (rows like those of `contract_correlations`; labels with the reason of pairs that have the same title)
     "Pairs that have a label, with what is known about their contracts."
-    info = _check_contracts(contracts)
+    info = check_table(contracts, Contract).set_index("contract_id")
+    labels = labels.assign(**{c: labels[c].map(str) for c in ("contract_a_id", "contract_b_id")})
     key = info["title"].map(text_key)
     same = (labels["contract_a_id"].map(key) == labels["contract_b_id"].map(key)) & (labels["reason"] == "")
     labels = labels.assign(reason=labels["reason"].cat.add_categories(why := "both titles are the same").mask(same, why))
@@ -285,7 +278,7 @@ def write_labels(
 ) -> dict:                 # rows that are new, updated, and emptied
     "Write measured labels into `contract_correlations`, all or none."
     create_tables(engine)
-    old = _read(engine, ContractCorrelation, ["id", "contract_a_title", "contract_b_title", "price_correlation"])
+    old = read_table(engine, ContractCorrelation, ["id", "contract_a_title", "contract_b_title", "price_correlation"])
     if missing := [c for c in LABELS if c not in old]: print(f"the table has no column {', '.join(missing)}: not written")
     ids = old.reindex(columns=["contract_a_id", "contract_b_id"])
     old = old.assign(name=_pair_names(ids))[ids.notna().all(axis=1)]
@@ -301,6 +294,12 @@ def write_labels(
     return dict(new=len(new), updated=len(again) - int(empty), emptied=int(empty))
 
 # %% ../nbs/03_labels.ipynb #23d9c9b6
+def _from_file(path, table, *columns) -> pd.DataFrame:
+    "These columns of a file, checked; a price may be missing, and a later one may replace an earlier one"
+    frame = read_file(path)
+    _need(frame, str(path), *columns)
+    return check_table(frame[list(columns)], table, [c for c in columns if c != "price"], unique=False)
+
 def make_labels(
     prices: str | None = None,     # file with contract_id, ts, price; None: the table `contract_prices`
     contracts: str | None = None,  # file with contract_id, title and, where known, venue, event_id, open_date; None: the table `contracts`
@@ -311,14 +310,13 @@ def make_labels(
     "Turn prices into labelled pairs and say how many there are, what the filters dropped and how reliable the labels are."
     if Path(out or "x.csv").suffix not in (".csv", ".parquet"): raise ValueError(f"{out}: only .csv and .parquet files can be written")
     engine = make_engine() if None in (prices, contracts, out) or pairs == "database" else None
-    price_frame = read_prices(engine) if prices is None else _read_table(prices)
-    info = read_contracts(engine) if contracts is None else _read_table(contracts)
-    _need(price_frame, "prices", "contract_id", "ts", "price")
-    named = price_frame["contract_id"].isin(_check_contracts(info).index)
+    price_frame = read_prices(engine) if prices is None else _from_file(prices, ContractPrice, "contract_id", "ts", "price")
+    info = check_table(read_contracts(engine) if contracts is None else read_file(contracts), Contract)
+    named = price_frame["contract_id"].isin(info["contract_id"])
     print(f"{len(price_frame):,} prices of {price_frame['contract_id'].nunique():,} contracts"
           + ("" if named.all() else f", {price_frame['contract_id'][~named].nunique():,} of them left out because they have no title"))
-    if pairs == "database": chosen = _read(engine, ContractCorrelation, ["id", "contract_a_id", "contract_b_id"])
-    else: chosen = None if pairs is None else _read_table(pairs)
+    if pairs == "database": chosen = read_table(engine, ContractCorrelation, ["id", "contract_a_id", "contract_b_id"])
+    else: chosen = None if pairs is None else _from_file(pairs, ContractCorrelation, "contract_a_id", "contract_b_id")
     rows, labels = label_rows(pair_correlations(price_frame[named], chosen, **options), info)
     print(f"\n{len(labels):,} pairs", filter_table(labels).to_string(), sep="\n")
     if rows.empty: raise ValueError("no pair is left: loosen the filters, and check that the contracts have prices at the same moments")
