@@ -162,6 +162,10 @@ def pipeline_reads_postgres():
     gap = difference(*({k: v for k, v in m.items() if k not in only_demo} for m in (demo_metrics, metrics)))
     assert gap <= 1e-6, f'the metrics differ from those of the demo, by {gap:.2g}'
 
+def everything(*folders):
+    "Content and time of the files below folders, but for locks and the record of the last command"
+    return {p: (p.stat().st_mtime, p.read_bytes()) for f in folders for p in f.rglob('*') if p.is_file() and p.name not in ('.lock', 'params.json')}
+
 sweep_metrics, reported = {}, set()  # of the runs in `sweep_goes_on`
 
 def sweep_goes_on():
@@ -173,11 +177,10 @@ def sweep_goes_on():
         command = [bin/'corrnb', 'sweep', '--profile', 'tiny', '--name', 'sweep', '--runs-dir', tmp, *values]
         kill_while_training(sweep/'runs'/'regression_loss_weight=10', *command)
         parts = sweep/'base', sweep/'runs'/'regression_loss_weight=0'
-        done = [{name: data for name, data in contents(p, '*').items() if not name.endswith('.lock')} for p in parts]
-        assert 'stages/evaluate.json' in done[1], 'killed too early'
+        done = everything(*parts)
+        assert parts[1]/'stages'/'evaluate.json' in done, 'killed too early'
         output = call(*command)
-        again = [{name: data for name, data in contents(p, '*').items() if not name.endswith('.lock')} for p in parts]
-        assert done == again, 'a finished part of the sweep was done again'
+        assert done == everything(*parts), 'a finished part of the sweep was done again'
         assert output.count('unchanged, skipped') == 2 and '2/2' in output, output
         runs = {p.name: p for p in (sweep/'runs').iterdir()}
         sweep_metrics.update({name: json.loads((p/'metrics.json').read_text()) for name, p in runs.items()})

@@ -859,7 +859,7 @@ def plot_sweep(
     for ax, figure in zip(axes.flat, figures):
         for name, style in (('model', '-'), ('language_model', ':')):
             part = summary[(method == name) & summary[figure, 'mean'].notna()]
-            for i, (key, p) in enumerate(part.groupby(others) if others else [((), part)]):
+            for i, (key, p) in enumerate(part.groupby(others) if others and len(part) else [((), part)]*bool(len(part))):
                 label = ', '.join([name.replace('_', ' '), *(f'{n} {_text(v)}' for n, v in zip(others, key))])
                 _curve(ax, p, x, figure, places, label, ls=style, color=f'C{i}')
         base = summary[~method.isin(VOICES)][figure, 'mean'].dropna()
