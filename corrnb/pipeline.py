@@ -198,7 +198,7 @@ def tracking(
 NOT_NEGATIVE = ('limit', 'limit_held_out', 'samples', 'rag_top_k', 'regression_loss_weight', 'text_loss_weight', 'lora_last_layers',
                 'prompt_variants', 'early_stopping_patience', 'seed', 'split_seed')
 POSITIVE = ('num_train_epochs', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'learning_rate', 'lora_r', 'lora_alpha',
-            'checks_per_epoch', 'eval_batch_size')
+            'checks_per_epoch', 'eval_batch_tokens')
 SHARES = ('neighbour_dropout',)
 CHOICES = {'split_by': ('contract', 'random', 'time'), 'regression_loss_type': ('mse', 'mae', 'huber', 'crps')}
 
