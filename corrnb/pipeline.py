@@ -8,10 +8,10 @@ __all__ = ['STAGES', 'TYPES', 'PARAMETER_SETTINGS', 'CONNECTION', 'TRACKERS', 'N
            'Parameter', 'parse_value', 'read_parameters', 'Stage', 'read_stage', 'stage_folder', 'load_stages',
            'all_parameters', 'profile_names', 'read_profile', 'check_tracker', 'tracking', 'check_value',
            'resolve_parameters', 'input_digests', 'library_hash', 'run_name', 'stage_key', 'scrub', 'write_report',
-           'execute_stage', 'run_folder', 'write_params', 'read_marker', 'run_stage', 'print_summary', 'run_pipeline',
-           'find_run', 'evaluate_run', 'sweep_values', 'Combination', 'combinations', 'base_name', 'take_base',
-           'run_combination', 'is_done', 'check_workers', 'run_sweep', 'training_cost', 'sweep_results',
-           'summarize_sweep', 'format_sweep', 'plot_sweep', 'find_sweep', 'compare_sweep', 'main']
+           'execute_stage', 'run_folder', 'write_params', 'read_marker', 'run_stage', 'loading_seconds',
+           'print_summary', 'run_pipeline', 'find_run', 'evaluate_run', 'sweep_values', 'Combination', 'combinations',
+           'base_name', 'take_base', 'run_combination', 'is_done', 'check_workers', 'run_sweep', 'training_cost',
+           'sweep_results', 'summarize_sweep', 'format_sweep', 'plot_sweep', 'find_sweep', 'compare_sweep', 'main']
 
 # %% ../nbs/14_pipeline.ipynb #de728b22
 import argparse, ast, difflib, hashlib, html, io, json, os, platform, re, resource, shutil, subprocess, sys, threading, time, traceback
@@ -500,14 +500,23 @@ def run_stage(
     print(f"{marker['seconds']:.1f} s", flush=True)
 
 # %% ../nbs/14_pipeline.ipynb #4abfbbd3
+def loading_seconds(
+    notebook: Path   # an executed stage
+) -> float:          # 0 if it has nothing to load
+    "How long a stage took to load: its first cell behind the parameters, which has the imports, the data and the model's weights"
+    cells = json.loads(notebook.read_text('utf-8'))['cells'] if notebook.exists() else []
+    cells = [c['metadata'] for c in cells if c['cell_type'] == 'code']
+    last = max((i for i, m in enumerate(cells) if {'parameters', 'injected-parameters'} & {*m.get('tags', [])}), default=-1)
+    return next((m.get('papermill', {}).get('duration') or 0. for m in cells[last+1:]), 0.)
+
 def print_summary(
     folder: Path   # run folder
 ):
-    "Print the metrics table, the time of each stage and the folder's name"
+    "Print the metrics table, the time of each stage, how much of it was loading, and the folder's name"
     markers = {name: m for name in STAGES if (m := read_marker(folder, name))}
     if 'evaluate' in markers and (folder/'metrics.txt').exists(): print('', (folder/'metrics.txt').read_text().rstrip(), sep='\n')
-    print(f"\n{'stage':10}{'seconds':>9}")
-    for name, m in markers.items(): print(f"{name:10}{m['seconds']:9.1f}")
+    print(f"\n{'stage':10}{'seconds':>9}{'loading':>9}")
+    for name, m in markers.items(): print(f"{name:10}{m['seconds']:9.1f}{loading_seconds(folder/f'{name}.ipynb'):9.1f}")
     print(f"{'total':10}{sum(m['seconds'] for m in markers.values()):9.1f}\n\nRun folder: {folder}", flush=True)
 
 def _checked_name(name: str|None) -> str|None:
