@@ -503,16 +503,17 @@ def run_stage(
 def print_summary(
     folder: Path   # run folder
 ):
-    "Print the metrics table, the time of each stage and the folder's name"
+    "Print the metrics table, the time of each stage, the names of the folder and of the report"
     markers = {name: m for name in STAGES if (m := read_marker(folder, name))}
     if 'evaluate' in markers and (folder/'metrics.txt').exists(): print('', (folder/'metrics.txt').read_text().rstrip(), sep='\n')
     print(f"\n{'stage':10}{'seconds':>9}")
     for name, m in markers.items(): print(f"{name:10}{m['seconds']:9.1f}")
     print(f"{'total':10}{sum(m['seconds'] for m in markers.values()):9.1f}\n\nRun folder: {folder}", flush=True)
+    if (folder/REPORTS['evaluate']).exists(): print(f"Report: {folder/REPORTS['evaluate']}", flush=True)
 
 def _checked_name(name: str|None) -> str|None:
     "The name of a folder, if it may be one"
-    if name is None or re.fullmatch(r'\w[\w.=,%-]*', name): return name
+    if name is None or re.fullmatch(r'\w[\w.-]*', name): return name
     raise ParameterError(f"'{name}' is no name for a folder: letters, digits, _ . and - only")
 
 def run_pipeline(
