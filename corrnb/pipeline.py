@@ -334,10 +334,12 @@ def write_report(
     import nbformat
     from jinja2 import DictLoader
     from nbconvert import HTMLExporter
+    from traitlets.config import Config
     nb = nbformat.read(notebook, as_version=4)
     nb.metadata['title'] = title
     exporter = HTMLExporter(extra_loaders=[DictLoader({'report.html.j2': _TEMPLATE})], template_file='report.html.j2', embed_images=True,
-                            exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
+                            exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True,
+                            config=Config(TagRemovePreprocessor=dict(enabled=True, remove_cell_tags=['no-report'])))
     return atomic_write(to, exporter.from_notebook_node(nb)[0])
 
 # %% ../nbs/14_pipeline.ipynb #47027936
