@@ -131,7 +131,8 @@ def pipeline_runs():
         start = time.time()
         print(call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp), end='')
         seconds, run = time.time() - start, next(Path(tmp).iterdir())
-        wanted = ['params.json', 'metrics.json', *(f'{s}.ipynb' for s in ('prepare', 'index', 'train', 'evaluate')),
+        wanted = ['params.json', 'metrics.json', 'predictions.parquet', 'report.html', 'training_cost.json',
+                  *(f'{s}.ipynb' for s in ('prepare', 'index', 'train', 'evaluate')),
                   *(f'model/{f}' for f in ('adapter_config.json', 'adapter_model.safetensors', 'metrics.json'))]
         print(f'pipeline with the tiny model: {seconds:.0f} s')
         missing = [name for name in wanted if not (run/name).exists()]

@@ -334,10 +334,12 @@ def write_report(
     import nbformat
     from jinja2 import DictLoader
     from nbconvert import HTMLExporter
+    from traitlets.config import Config
     nb = nbformat.read(notebook, as_version=4)
     nb.metadata['title'] = title
     exporter = HTMLExporter(extra_loaders=[DictLoader({'report.html.j2': _TEMPLATE})], template_file='report.html.j2', embed_images=True,
-                            exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
+                            exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True,
+                            config=Config(TagRemovePreprocessor=dict(enabled=True, remove_cell_tags=['no-report'])))
     return atomic_write(to, exporter.from_notebook_node(nb)[0])
 
 # %% ../nbs/14_pipeline.ipynb #47027936
@@ -512,16 +514,17 @@ def loading_seconds(
 def print_summary(
     folder: Path   # run folder
 ):
-    "Print the metrics table, the time of each stage, how much of it was loading, and the folder's name"
+    "Print the metrics table, the time of each stage, how much of it was loading, and the names of the folder and of the report"
     markers = {name: m for name in STAGES if (m := read_marker(folder, name))}
     if 'evaluate' in markers and (folder/'metrics.txt').exists(): print('', (folder/'metrics.txt').read_text().rstrip(), sep='\n')
     print(f"\n{'stage':10}{'seconds':>9}{'loading':>9}")
     for name, m in markers.items(): print(f"{name:10}{m['seconds']:9.1f}{loading_seconds(folder/f'{name}.ipynb'):9.1f}")
     print(f"{'total':10}{sum(m['seconds'] for m in markers.values()):9.1f}\n\nRun folder: {folder}", flush=True)
+    if (folder/REPORTS['evaluate']).exists(): print(f"Report: {folder/REPORTS['evaluate']}", flush=True)
 
 def _checked_name(name: str|None) -> str|None:
     "The name of a folder, if it may be one"
-    if name is None or re.fullmatch(r'\w[\w.=,%-]*', name): return name
+    if name is None or re.fullmatch(r'\w[\w.-]*', name): return name
     raise ParameterError(f"'{name}' is no name for a folder: letters, digits, _ . and - only")
 
 def run_pipeline(
