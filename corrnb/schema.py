@@ -361,7 +361,7 @@ def read_table(engine: sa.Engine,
         with engine.connect() as connection:
             rows = connection.execution_options(yield_per=_BATCH).execute(query)
             parts = [_plain(pd.DataFrame.from_records(part, columns=names, coerce_float=True), kinds) for part in rows.partitions()]
-    except ValueError as e: raise ValueError(f'table {t.name} holds a time that cannot be read: {e}. Correct it or set it to NULL.') from None
+    except ValueError as e: raise ValueError(f'table {t.name} holds a time that cannot be read: {e}. Correct it first.') from None
     return pd.concat(parts, ignore_index=True) if parts else _plain(pd.DataFrame(columns=names, dtype=object), kinds)
 
 # %% ../nbs/01_schema.ipynb #3919b094
