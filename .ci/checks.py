@@ -62,7 +62,7 @@ def render_readme():
     nb.metadata['language_info'] = {'name': 'python'}  # nbdev_clean takes it away
     tags = Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags=['no-source']))
     text, resources = MarkdownExporter(config=tags).from_notebook_node(nb, resources=dict(output_files_dir=images.as_posix(), unique_key='index'))
-    text = re.sub(r'(\]\(|src=")(?=images/)', r'\1nbs/', text)
+    text = re.sub(r'(\]\(|src=")(?=images/|[\w/-]+\.ipynb)', r'\1nbs/', text)  # pages are notebooks in nbs
     text = re.sub(r'\n{3,}', '\n\n', re.sub(r'(?m)^[ \t]+$', '', f"# {front['title']}\n\n> {front['description']}\n\n{text}"))
     return text.strip() + '\n', {Path(name).name: data for name, data in resources.get('outputs', {}).items()}
 
