@@ -1,7 +1,8 @@
-"""What `make test` checks: all library notebooks, that everything made from notebooks is up to date, and whole runs of the
-pipeline with the tiny model, from the embedded market and from PostgreSQL. Its last line is `N passed, N failed`, with
+"""What `make test` checks: all library notebooks, that everything made from notebooks is up to date, whole runs of the
+pipeline with the tiny model, from the embedded market and from PostgreSQL, that the tutorials and the README's code run, and the documentation site. Its last line is `N passed, N failed`, with
 `, N skipped` behind it where something could not be run. `checks.py readme` writes README.md (`make readme`)."""
-import json, os, re, shutil, subprocess, sys, tempfile, time
+import contextlib, io, json, os, re, shlex, shutil, subprocess, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import SkipTest
 from urllib.parse import quote
@@ -18,6 +19,7 @@ env = os.environ | one_thread | {'TOKENIZERS_PARALLELISM': 'false', 'HF_HUB_OFFL
                                  'PATH': f"{bin}{os.pathsep}{os.environ['PATH']}"}
 for name in ('DATABASE_URL', 'PGHOST', 'PGDATABASE', 'MODEL_NAME', 'USE_4BIT', 'RAG_TOP_K', 'MAX_NEW_TOKENS', 'TEMPERATURE'): env.pop(name, None)
 images = Path('nbs/images/readme')  # where pictures of the README are kept
+tiny_runs = tempfile.TemporaryDirectory()  # the run with the tiny model, which several checks read
 
 
 def call(*args, cwd=root, more_env={}, **kwargs):
@@ -120,24 +122,24 @@ def pipeline_runs():
     start = time.time()
     call(sys.executable, '-c', 'import corrnb.inference')  # three of the four stages are mostly this: a yardstick for slow machines
     limit = max(60, 12*(time.time() - start))
-    with tempfile.TemporaryDirectory() as tmp:
-        start = time.time()
-        print(call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp), end='')
-        seconds, run = time.time() - start, next(Path(tmp).iterdir())
-        wanted = ['params.json', 'metrics.json', *(f'{s}.ipynb' for s in ('prepare', 'index', 'train', 'evaluate')),
-                  *(f'model/{f}' for f in ('adapter_config.json', 'adapter_model.safetensors', 'metrics.json'))]
-        print(f'pipeline with the tiny model: {seconds:.0f} s')
-        missing = [name for name in wanted if not (run/name).exists()]
-        assert not missing, f"not in the run folder: {', '.join(missing)}"
-        assert seconds < limit, f'took {seconds:.0f} s, more than {limit:.0f} s'
-        assert call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp).count('unchanged, skipped') == 4, 'the second run did something'
-        before = json.loads((run/'metrics.json').read_text())
-        demo_metrics.update(before)
-        kill_while_training(run, bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp, '--fresh')
-        output = call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp)
-        assert output.count('unchanged, skipped') == 2, f'the killed run did not go on with its training:\n{output}'
-        gap = difference(before, json.loads((run/'metrics.json').read_text()))
-        assert gap <= 1e-6, f'the same seed, killed and continued, gave other metrics, by {gap:.2g}'
+    tmp = tiny_runs.name
+    start = time.time()
+    print(call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp), end='')
+    seconds, run = time.time() - start, next(Path(tmp).iterdir())
+    wanted = ['params.json', 'metrics.json', *(f'{s}.ipynb' for s in ('prepare', 'index', 'train', 'evaluate')),
+              *(f'model/{f}' for f in ('adapter_config.json', 'adapter_model.safetensors', 'metrics.json'))]
+    print(f'pipeline with the tiny model: {seconds:.0f} s')
+    missing = [name for name in wanted if not (run/name).exists()]
+    assert not missing, f"not in the run folder: {', '.join(missing)}"
+    assert seconds < limit, f'took {seconds:.0f} s, more than {limit:.0f} s'
+    assert call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp).count('unchanged, skipped') == 4, 'the second run did something'
+    before = json.loads((run/'metrics.json').read_text())
+    demo_metrics.update(before)
+    kill_while_training(run, bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp, '--fresh')
+    output = call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp)
+    assert output.count('unchanged, skipped') == 2, f'the killed run did not go on with its training:\n{output}'
+    gap = difference(before, json.loads((run/'metrics.json').read_text()))
+    assert gap <= 1e-6, f'the same seed, killed and continued, gave other metrics, by {gap:.2g}'
 
 def pipeline_reads_postgres():
     "The same run from a PostgreSQL table gives the same metrics and writes the password nowhere"
@@ -154,6 +156,47 @@ def pipeline_reads_postgres():
     only_demo = {'truth', 'demo_version'}  # a table knows no true correlations
     gap = difference(*({k: v for k, v in m.items() if k not in only_demo} for m in (demo_metrics, metrics)))
     assert gap <= 1e-6, f'the metrics differ from those of the demo, by {gap:.2g}'
+
+def execute(notebook, **parameters):
+    "Run a page's cells from top to bottom as papermill does, SkipTest where it asks for what this machine lacks"
+    given = [x for name, value in parameters.items() for x in ('-p', name, value)]
+    with tempfile.TemporaryDirectory() as tmp:
+        try: call(bin/'papermill', root/'nbs'/notebook, Path(tmp)/'out.ipynb', '--cwd', tmp, '--kernel', 'python3', '--no-progress-bar', *given)
+        except AssertionError as e:
+            if skipped := re.search(r'SkipTest: (.*)', str(e)): raise SkipTest(skipped[1])
+            raise
+
+def readme_code_runs():
+    "The cells of README and getting started run, with the tiny model"
+    for page in ('index.ipynb', 'tutorials/getting_started.ipynb'): execute(page, profile='tiny', runs_dir=tiny_runs.name)
+
+def tutorial_runs():
+    "The tutorial from an empty PostgreSQL database to a prediction runs"
+    execute('tutorials/own_table_own_prices.ipynb')
+
+def site_is_whole():
+    "The documentation builds, with every page in its sidebar and no broken link"
+    with tempfile.TemporaryDirectory() as tmp: print(call(sys.executable, '-W', 'ignore', '.ci/docs.py', Path(tmp)/'site').splitlines()[-1])
+
+def shell_lines(text):
+    "Commands in the sh blocks of a Markdown text, without comments"
+    for block in re.findall(r'```sh\n(.*?)```', text, re.S): yield from (line for line in block.splitlines() if shlex.split(line, comments=True))
+
+def commands_exist():
+    "Every corrnb and make command on a page is one"
+    from corrnb.pipeline import _parser
+    targets, wrong = set(re.findall(r'(?m)^([a-z-]+):', (root/'Makefile').read_text())), []
+    pages = [p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts]
+    for page in pages:
+        for line in shell_lines('\n'.join(c.source for c in nbformat.read(page, 4).cells if c.cell_type == 'markdown')):
+            words = shlex.split(line, comments=True)
+            if '/' in words[0]: words[0] = Path(words[0]).name
+            if words[0] == 'make' and not {w for w in words[1:] if '=' not in w} <= targets: wrong.append(f'{page.name}: {line}')
+            if words[0] != 'corrnb': continue
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                try: _parser().parse_args(words[1:])
+                except SystemExit: wrong.append(f'{page.name}: {line}: {said.getvalue().splitlines()[-1]}')
+    assert not wrong, '\n'.join(wrong)
 
 
 def test_notebooks():
@@ -180,7 +223,8 @@ def run_check(f):
 
 def main():
     passed, failed = test_notebooks()
-    results = [run_check(f) for f in (export_is_in_sync, notebooks_are_clean, readme_is_in_sync, pipeline_runs, pipeline_reads_postgres)]
+    results = [run_check(f) for f in (export_is_in_sync, notebooks_are_clean, readme_is_in_sync, commands_exist, pipeline_runs, pipeline_reads_postgres)]
+    with ThreadPoolExecutor(2) as pool: results += pool.map(run_check, (tutorial_runs, site_is_whole, readme_code_runs))
     n_passed, n_failed, n_skipped = len(passed) + results.count(True), len(failed) + results.count(False), results.count(None)
     print(f'{n_passed} passed, {n_failed} failed' + (f', {n_skipped} skipped' if n_skipped else ''))
     return n_failed > 0

@@ -1,6 +1,6 @@
 """The documentation site, made from the notebooks: `docs.py [FOLDER]` builds it in _docs (or FOLDER) and checks its pages and links.
 Quarto renders it where it is installed, otherwise smalldocs, which reads the same _quarto.yml."""
-import os, re, shutil, subprocess, sys
+import html, os, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -33,12 +33,21 @@ def render(folder):
     quarto = shutil.which('quarto')
     command = [quarto, 'render'] if quarto else [sys.executable, '-m', 'smalldocs.cli', 'render', '.']
     done = subprocess.run(command, cwd=root/'_proc', stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    expected = 'output-file is not read|format commonmark is not built'  # said of every nbdev page
+    expected = 'output-file is not read|format commonmark is not built|html-math-method is ignored'  # said of every nbdev page
     warnings = [line for line in done.stdout.splitlines() if 'warning' in line.lower() and not re.search(expected, line)]
     if done.returncode or (warnings and not quarto): sys.exit('\n'.join([done.stdout] if done.returncode else warnings))
+    if not quarto: formulas(root/'_proc'/'_docs')
     shutil.rmtree(folder, ignore_errors=True)
     shutil.move(root/'_proc'/'_docs', folder)
     return 'Quarto' if quarto else 'smalldocs'
+
+def formulas(folder):
+    "TeX as MathML, which browsers show by themselves; smalldocs would load KaTeX from the network"
+    from latex2mathml.converter import convert
+    def mathml(m): return m[1] + convert(html.unescape(m[3])[2:-2], display='block' if m[2] == 'display' else 'inline') + '</span>'
+    for page in folder.rglob('*.html'):
+        text = re.sub(r'(<span class="math (inline|display)">)(.*?)</span>', mathml, page.read_text(), flags=re.S)
+        page.write_text(re.sub(r'<link [^>]*katex[^>]*>|<script [^>]*katex[^>]*></script>', '', text))
 
 
 class Page(HTMLParser):
@@ -46,14 +55,17 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.ids, self.links, self.text = set(), [], []
-        html = path.read_text()
-        self.errors = [word for word in ('cell-output-error', 'Traceback (most recent') if word in html]
-        self.feed(html)
+        source = path.read_text()
+        self.errors = [word for word in ('cell-output-error', 'Traceback (most recent') if word in source]
+        self.feed(source)
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self.ids |= {attrs[name] for name in ('id', 'name') if attrs.get(name)}
         self.links += [attrs[name] for name in ('href', 'src') if attrs.get(name)]
+        if tag in ('script', 'img', 'iframe') or (tag == 'link' and 'stylesheet' in attrs.get('rel', '')):
+            loaded = attrs.get('src') or attrs.get('href') or ''
+            if re.match('https?:|//', loaded): self.errors.append(f'loads {loaded}')
 
     def handle_data(self, data): self.text.append(data)
 
