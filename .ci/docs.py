@@ -83,6 +83,7 @@ def link_problems(folder, repo):
     for path, page in pages.items():
         name = path.relative_to(folder)
         yield from (f'{name}: {e}' for e in page.errors)
+        if re.search(r'\b0%\| +\|', ' '.join(page.text)): yield f'{name}: a progress bar that stands at 0 %'
         if found := re.search(r'(?<![\w.])/(home|root|work|Users)/\w+', ' '.join(page.text)): yield f'{name}: the path of a machine, {found[0]}'
         for link in page.links:
             parts = urlsplit(link)
