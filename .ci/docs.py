@@ -13,8 +13,11 @@ root = Path(__file__).resolve().parents[1]
 def process():
     "Notebooks as pages, in _proc: nbdev_proc_nbs, without its installing Quarto where there is none"
     import nbdev.quarto
+    from nbdev import processors
     from nbdev.config import get_config
     nbdev.quarto._ensure_quarto = lambda: None
+    executes = processors._do_eval  # nbdev also executes tests that import something, without the cells that they need
+    processors._do_eval = lambda cell: executes(cell) and ({'export', 'exports', 'exporti', 'exec_doc'} & set(cell.directives_) or processors._is_showdoc(cell))
     shutil.rmtree(root/'_proc', ignore_errors=True)  # else a page whose notebook is gone would stay
     nbdev.quarto.nbdev_proc_nbs.__wrapped__(n_workers=0)
     cfg = get_config()
