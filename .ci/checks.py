@@ -178,6 +178,20 @@ def site_is_whole():
     "The documentation builds, with every page in its sidebar and no broken link"
     with tempfile.TemporaryDirectory() as tmp: print(call(sys.executable, '-W', 'ignore', '.ci/docs.py', Path(tmp)/'site').splitlines()[-1])
 
+def broken_links_are_found():
+    "The check of the site's links finds what is wrong on a bad page, and nothing else"
+    from docs import link_problems
+    repo = 'https://github.com/corrnb/corrnb'
+    good = f'<h1 id="a">A</h1> <a href="#a">A</a> <a href="{repo}/blob/main/LICENSE">L</a>'
+    bad = ['<a href="b.html">', '<a href="#b">', '<img src="https://example.org/a.png">', f'<a href="{repo}/blob/main/corrnb/no.py#L3">',
+           f'<a href="{repo}/blob/main/corrnb/config.py#L1">', '/home/someone', '<pre class="cell-output-error">', 'predict:   0%|          | 0/5']
+    with tempfile.TemporaryDirectory() as tmp:
+        page = Path(tmp)/'page.html'
+        for html, expected in [(good, 0), *((good + b, 1) for b in bad)]:
+            page.write_text(html)
+            found = list(link_problems(Path(tmp), repo))
+            assert len(found) == expected, f'{html}: {found}'
+
 def shell_lines(text):
     "Commands in the sh blocks of a Markdown text, without comments"
     for block in re.findall(r'```sh\n(.*?)```', text, re.S): yield from (line for line in block.splitlines() if shlex.split(line, comments=True))
@@ -223,7 +237,7 @@ def run_check(f):
 
 def main():
     passed, failed = test_notebooks()
-    results = [run_check(f) for f in (export_is_in_sync, notebooks_are_clean, readme_is_in_sync, commands_exist, pipeline_runs, pipeline_reads_postgres)]
+    results = [run_check(f) for f in (export_is_in_sync, notebooks_are_clean, readme_is_in_sync, commands_exist, broken_links_are_found, pipeline_runs, pipeline_reads_postgres)]
     with ThreadPoolExecutor(2) as pool: results += pool.map(run_check, (tutorial_runs, site_is_whole, readme_code_runs))
     n_passed, n_failed, n_skipped = len(passed) + results.count(True), len(failed) + results.count(False), results.count(None)
     print(f'{n_passed} passed, {n_failed} failed' + (f', {n_skipped} skipped' if n_skipped else ''))
