@@ -5,14 +5,15 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 EXTRA  := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 DEV    := $(VENV)/installed-$(EXTRA),dev
+DOCS   := $(VENV)/installed-$(EXTRA),dev,docs  # with what drives a browser
 RUN    := $(or $(wildcard $(DEV)),$(VENV)/installed-$(EXTRA))  # with [dev] there, nothing is missing for a run
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help pipeline test readme lab clean
+.PHONY: help pipeline test readme lab docs docs-serve docs-test lab-test clean
 .DELETE_ON_ERROR:
 
 help:       ## this list
-	@sed -n 's/^\([a-z]*\): .*## /make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\): .*## /make \1\t/p' Makefile | expand -t 16
 
 pipeline: $(RUN)  ## set everything up, then train and evaluate on the embedded market (minutes)
 	@$(BIN)/corrnb run --profile quick
@@ -25,6 +26,18 @@ readme: $(DEV)    ## README.md from nbs/index.ipynb
 
 lab: $(RUN)       ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab nbs
+
+docs: $(DEV)      ## the documentation site in _docs, links checked; by Quarto where it is installed, else by smalldocs
+	@$(BIN)/python .ci/docs.py
+
+docs-serve: docs  ## look at the site, at http://localhost:8000
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs 8000
+
+docs-test: $(DOCS) docs  ## click through the site in Chromium
+	@$(BIN)/python .ci/browser.py site
+
+lab-test: $(DOCS) ## change a parameter of a pipeline notebook in JupyterLab, run it, look at the result; needs Chromium
+	@$(BIN)/python .ci/browser.py lab
 
 clean:            ## remove the environment and built files; runs/ stays
 	rm -rf $(VENV) *.egg-info build _proc _docs

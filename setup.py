@@ -16,6 +16,6 @@ setup(
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else '', long_description_content_type='text/markdown',
     python_requires=f">={cfg['min_python']}", packages=find_packages(include=['corrnb*']),
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('cpu', 'gpu', 'ray', 'tensorboard', 'mlflow', 'dev')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('cpu', 'gpu', 'ray', 'tensorboard', 'mlflow', 'dev', 'docs')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
 )

@@ -1,7 +1,8 @@
-"""What `make test` checks: all library notebooks, that everything made from notebooks is up to date, and whole runs of the
-pipeline with the tiny model, from the embedded market and from PostgreSQL. Its last line is `N passed, N failed`, with
+"""What `make test` checks: all library notebooks, that everything made from notebooks is up to date, whole runs of the
+pipeline with the tiny model, from the embedded market and from PostgreSQL, that the tutorials and the README's code run, and the documentation site. Its last line is `N passed, N failed`, with
 `, N skipped` behind it where something could not be run. `checks.py readme` writes README.md (`make readme`)."""
-import json, os, re, shutil, signal, subprocess, sys, tempfile, time
+import contextlib, io, json, os, re, shlex, shutil, signal, subprocess, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import util
 from pathlib import Path
 from unittest import SkipTest
@@ -19,6 +20,7 @@ env = os.environ | one_thread | {'TOKENIZERS_PARALLELISM': 'false', 'HF_HUB_OFFL
                                  'PATH': f"{bin}{os.pathsep}{os.environ['PATH']}"}
 for name in ('DATABASE_URL', 'PGHOST', 'PGDATABASE', 'MODEL_NAME', 'USE_4BIT', 'RAG_TOP_K', 'MAX_NEW_TOKENS', 'TEMPERATURE'): env.pop(name, None)
 images = Path('nbs/images/readme')  # where pictures of the README are kept
+tiny_runs = tempfile.TemporaryDirectory()  # the run with the tiny model, which several checks read
 
 
 def call(*args, cwd=root, more_env={}, **kwargs):
@@ -63,7 +65,7 @@ def render_readme():
     nb.metadata['language_info'] = {'name': 'python'}  # nbdev_clean takes it away
     tags = Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags=['no-source']))
     text, resources = MarkdownExporter(config=tags).from_notebook_node(nb, resources=dict(output_files_dir=images.as_posix(), unique_key='index'))
-    text = re.sub(r'(\]\(|src=")(?=images/)', r'\1nbs/', text)
+    text = re.sub(r'(\]\(|src=")(?=images/|[\w/-]+\.ipynb)', r'\1nbs/', text)  # pages are notebooks in nbs
     text = re.sub(r'\n{3,}', '\n\n', re.sub(r'(?m)^[ \t]+$', '', f"# {front['title']}\n\n> {front['description']}\n\n{text}"))
     return text.strip() + '\n', {Path(name).name: data for name, data in resources.get('outputs', {}).items()}
 
@@ -127,25 +129,25 @@ def pipeline_runs():
     start = time.time()
     call(sys.executable, '-c', 'import corrnb.inference')  # three of the four stages are mostly this: a yardstick for slow machines
     limit = max(60, 12*(time.time() - start))
-    with tempfile.TemporaryDirectory() as tmp:
-        start = time.time()
-        print(call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp), end='')
-        seconds, run = time.time() - start, next(Path(tmp).iterdir())
-        wanted = ['params.json', 'metrics.json', 'predictions.parquet', 'report.html', 'training_cost.json',
-                  *(f'{s}.ipynb' for s in ('prepare', 'index', 'train', 'evaluate')),
-                  *(f'model/{f}' for f in ('adapter_config.json', 'adapter_model.safetensors', 'metrics.json'))]
-        print(f'pipeline with the tiny model: {seconds:.0f} s')
-        missing = [name for name in wanted if not (run/name).exists()]
-        assert not missing, f"not in the run folder: {', '.join(missing)}"
-        assert seconds < limit, f'took {seconds:.0f} s, more than {limit:.0f} s'
-        assert call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp).count('unchanged, skipped') == 4, 'the second run did something'
-        before = read_metrics(run)
-        demo_metrics.update(before)
-        kill_while_training(run, bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp, '--fresh')
-        output = call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp)
-        assert output.count('unchanged, skipped') == 2, f'the killed run did not go on with its training:\n{output}'
-        gap = difference(before, read_metrics(run))
-        assert gap <= 1e-6, f'the same seed, killed and continued, gave other metrics, by {gap:.2g}'
+    tmp = tiny_runs.name
+    start = time.time()
+    print(call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp), end='')
+    seconds, run = time.time() - start, next(Path(tmp).iterdir())
+    wanted = ['params.json', 'metrics.json', 'predictions.parquet', 'report.html', 'training_cost.json',
+              *(f'{s}.ipynb' for s in ('prepare', 'index', 'train', 'evaluate')),
+              *(f'model/{f}' for f in ('adapter_config.json', 'adapter_model.safetensors', 'metrics.json'))]
+    print(f'pipeline with the tiny model: {seconds:.0f} s')
+    missing = [name for name in wanted if not (run/name).exists()]
+    assert not missing, f"not in the run folder: {', '.join(missing)}"
+    assert seconds < limit, f'took {seconds:.0f} s, more than {limit:.0f} s'
+    assert call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp).count('unchanged, skipped') == 4, 'the second run did something'
+    before = read_metrics(run)
+    demo_metrics.update(before)
+    kill_while_training(run, bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp, '--fresh')
+    output = call(bin/'corrnb', 'run', '--profile', 'tiny', '--runs-dir', tmp)
+    assert output.count('unchanged, skipped') == 2, f'the killed run did not go on with its training:\n{output}'
+    gap = difference(before, read_metrics(run))
+    assert gap <= 1e-6, f'the same seed, killed and continued, gave other metrics, by {gap:.2g}'
 
 def pipeline_reads_postgres():
     "The same run from a PostgreSQL table gives the same metrics and writes the password nowhere"
@@ -239,6 +241,61 @@ def h100_benchmark_runs():
     missing = [what for what in wanted if not found.get(what)]
     assert not missing and any(what.startswith('whole training') for what in found), f"no figures: {', '.join(missing)}"
 
+def execute(notebook, **parameters):
+    "Run a page's cells from top to bottom as papermill does, SkipTest where it asks for what this machine lacks"
+    given = [x for name, value in parameters.items() for x in ('-p', name, value)]
+    with tempfile.TemporaryDirectory() as tmp:
+        try: call(bin/'papermill', root/'nbs'/notebook, Path(tmp)/'out.ipynb', '--cwd', tmp, '--kernel', 'python3', '--no-progress-bar', *given)
+        except AssertionError as e:
+            if skipped := re.search(r'SkipTest: (.*)', str(e)): raise SkipTest(skipped[1])
+            raise
+
+def readme_code_runs():
+    "The cells of README and getting started run, with the tiny model"
+    for page in ('index.ipynb', 'tutorials/getting_started.ipynb'): execute(page, profile='tiny', runs_dir=tiny_runs.name)
+
+def tutorial_runs():
+    "The tutorial from an empty PostgreSQL database to a prediction runs"
+    execute('tutorials/own_table_own_prices.ipynb')
+
+def site_is_whole():
+    "The documentation builds, with every page in its sidebar and no broken link"
+    with tempfile.TemporaryDirectory() as tmp: print(call(sys.executable, '-W', 'ignore', '.ci/docs.py', Path(tmp)/'site').splitlines()[-1])
+
+def broken_links_are_found():
+    "The check of the site's links finds what is wrong on a bad page, and nothing else"
+    from docs import link_problems
+    repo = 'https://github.com/corrnb/corrnb'
+    good = f'<h1 id="a">A</h1> <a href="#a">A</a> <a href="{repo}/blob/main/LICENSE">L</a>'
+    bad = ['<a href="b.html">', '<a href="#b">', '<img src="https://example.org/a.png">', f'<a href="{repo}/blob/main/corrnb/no.py#L3">',
+           f'<a href="{repo}/blob/main/corrnb/config.py#L1">', '/home/someone', '<pre class="cell-output-error">', 'predict:   0%|          | 0/5']
+    with tempfile.TemporaryDirectory() as tmp:
+        page = Path(tmp)/'page.html'
+        for html, expected in [(good, 0), *((good + b, 1) for b in bad)]:
+            page.write_text(html)
+            found = list(link_problems(Path(tmp), repo))
+            assert len(found) == expected, f'{html}: {found}'
+
+def shell_lines(text):
+    "Commands in the sh blocks of a Markdown text, without comments"
+    for block in re.findall(r'```sh\n(.*?)```', text, re.S): yield from (line for line in block.splitlines() if shlex.split(line, comments=True))
+
+def commands_exist():
+    "Every corrnb and make command on a page is one"
+    from corrnb.pipeline import _parser
+    targets, wrong = set(re.findall(r'(?m)^([a-z-]+):', (root/'Makefile').read_text())), []
+    pages = [p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts]
+    for page in pages:
+        for line in shell_lines('\n'.join(c.source for c in nbformat.read(page, 4).cells if c.cell_type == 'markdown')):
+            words = shlex.split(line, comments=True)
+            if '/' in words[0]: words[0] = Path(words[0]).name
+            if words[0] == 'make' and not {w for w in words[1:] if '=' not in w} <= targets: wrong.append(f'{page.name}: {line}')
+            if words[0] != 'corrnb': continue
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                try: _parser().parse_args(words[1:])
+                except SystemExit: wrong.append(f'{page.name}: {line}: {said.getvalue().splitlines()[-1]}')
+    assert not wrong, '\n'.join(wrong)
+
 
 def test_notebooks():
     "Names of the library notebooks that pass and that fail"
@@ -264,8 +321,10 @@ def run_check(f):
 
 def main():
     passed, failed = test_notebooks()
-    results = [run_check(f) for f in (export_is_in_sync, notebooks_are_clean, readme_is_in_sync, pipeline_runs, pipeline_reads_postgres,
-                                      sweep_goes_on, training_reports, sweep_with_ray, two_processes_train, h100_benchmark_runs)]
+    results = [run_check(f) for f in (export_is_in_sync, notebooks_are_clean, readme_is_in_sync, commands_exist, broken_links_are_found, pipeline_runs)]
+    with ThreadPoolExecutor(2) as pool:
+        results += pool.map(run_check, (sweep_goes_on, site_is_whole, two_processes_train, pipeline_reads_postgres, h100_benchmark_runs, tutorial_runs, readme_code_runs))
+    results += [run_check(f) for f in (training_reports, sweep_with_ray)]   # of the sweep
     n_passed, n_failed, n_skipped = len(passed) + results.count(True), len(failed) + results.count(False), results.count(None)
     print(f'{n_passed} passed, {n_failed} failed' + (f', {n_skipped} skipped' if n_skipped else ''))
     return n_failed > 0

@@ -195,7 +195,7 @@ def kernel_ridge(
     y: np.ndarray, # targets of the training rows, shape (n,)
     kernel_rows: np.ndarray, # inner products of the rows to predict with the training rows, shape (m, n)
     folds: list, # (training, validation) positions, as from `contract_folds`
-    alphas=np.logspace(-3, 3, 7), # penalties to try, relative to the mean squared length of a training row
+    alphas=(1e-3, 1e-2, 0.1, 1., 10., 100., 1e3), # penalties to try, relative to the mean squared length of a training row
 ) -> tuple[np.ndarray, float]: # predictions of shape (m,), mean squared error over the folds
     "Ridge regression in dual form with an intercept; the penalty with the smallest cross-validated squared error."
     y = np.asarray(y, dtype=float)

@@ -1,0 +1,178 @@
+"""Tests in a browser: `browser.py site` clicks through the documentation in _docs, `browser.py lab` works in JupyterLab.
+`--pictures FOLDER` keeps what was seen. Drives the system's Chromium with Playwright."""
+import argparse, functools, http.server, os, re, shutil, socket, subprocess, sys, tempfile, threading, time
+from contextlib import contextmanager
+from pathlib import Path
+
+root = Path(__file__).resolve().parents[1]
+WIDE, NARROW = dict(width=1280, height=900), dict(width=390, height=844)
+SEEN = {'home': 'index.html', 'api': '07_answers.html', 'tutorial': 'tutorials/getting_started.html', 'benchmark': 'benchmarks/learning.html'}
+
+
+@contextmanager
+def chromium():
+    "A browser that reaches this machine only"
+    path = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if not path: sys.exit('no Chromium here: this test needs one (on Debian: apt-get install chromium)')
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=path, args=['--no-sandbox'])  # containers run as root
+        try: yield browser
+        finally: browser.close()
+
+def new_page(browser, size, errors):
+    "An empty page; errors of its scripts go into `errors`"
+    page = browser.new_context(viewport=size).new_page()
+    page.route(re.compile(r'^https?://(?!(127\.0\.0\.1|localhost)[:/])'), lambda route: route.abort())
+    page.on('pageerror', lambda e: errors.append(f'{page.url}: {e}'))
+    page.set_default_timeout(30_000)
+    return page
+
+@contextmanager
+def served(folder):
+    "The address at which a folder is served"
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield f'http://127.0.0.1:{server.server_port}'
+    finally: server.shutdown()
+
+
+LAYOUT = '''() => {
+    const wide = document.scrollingElement.scrollWidth - window.innerWidth;
+    const images = [...document.querySelectorAll("main img")].filter(i => !i.complete || !i.naturalWidth).length;
+    const cut = [...document.querySelectorAll("main pre, main table")].filter(e => {
+        for (let p = e; p && p.tagName != "MAIN"; p = p.parentElement) if (["auto", "scroll"].includes(getComputedStyle(p).overflowX)) return false;
+        return e.getBoundingClientRect().right > document.querySelector("main").getBoundingClientRect().right + 2 }).length;
+    return {wide, images, cut, title: document.querySelector("h1")?.innerText} }'''
+
+def check_layout(page, url, pages):
+    "Every page has a title, all its pictures, and nothing that sticks out; what is wrong"
+    for name in pages:
+        page.goto(f'{url}/{name}')
+        page.wait_for_load_state('load')
+        found = page.evaluate(LAYOUT)
+        where = f'{name} at {page.viewport_size["width"]} px'
+        if not found['title']: yield f'{where}: no title'
+        if found['wide'] > 1: yield f'{where}: wider than the window by {found["wide"]} px'
+        if found['images']: yield f'{where}: {found["images"]} pictures missing'
+        if found['cut']: yield f'{where}: {found["cut"]} blocks stick out'
+
+def click_through(page, url, narrow):
+    "By way of the sidebar to a tutorial, by way of the search to a function"
+    page.goto(f'{url}/index.html')
+    if narrow: page.locator('.quarto-btn-toggle, .sd-sidebar-toggle, [data-bs-target*="sidebar"]').first.click()
+    page.locator('#quarto-sidebar').get_by_role('link', name='Getting started').click()
+    page.wait_for_url('**/tutorials/getting_started.html')
+    assert 'Getting started' in page.locator('h1').inner_text()
+    if narrow: page.locator('.navbar-toggler').first.click()
+    box = page.locator('input[type=search]:visible').first
+    box.fill('soft_targets')
+    hit = page.locator('.search-result, .aa-Item a').first
+    hit.wait_for()
+    assert 'soft_targets' in page.locator('.smalldocs-search-results:visible, .aa-Panel').first.inner_text()
+    hit.click()
+    page.wait_for_load_state('load')
+    assert 'soft_targets' in page.locator('main').inner_text(), f'{page.url} does not mention what was searched'
+    return page.url.removeprefix(url)
+
+def test_site(pictures=None):
+    "Layout of every page and a walk through the site, on a desk and on a phone"
+    folder, errors, problems = root/'_docs', [], []
+    pages = sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*.html'))
+    assert pages, 'no site in _docs: make docs'
+    with chromium() as browser, served(folder) as url:
+        for size in (WIDE, NARROW):
+            page = new_page(browser, size, errors)
+            problems += check_layout(page, url, pages)
+            print(f"{size['width']} px: {len(pages)} pages; search led to {click_through(page, url, size is NARROW)}")
+            for name, path in SEEN.items() if pictures else ():
+                page.goto(f'{url}/{path}')
+                page.screenshot(path=Path(pictures)/f"{name}-{size['width']}.png")
+    assert not problems + errors, '\n'.join(problems + errors)
+
+
+def free_port():
+    "A port that nobody listens on"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+@contextmanager
+def jupyter_lab(folder, home):
+    "The address of a JupyterLab on a folder, with settings of its own"
+    port = free_port()
+    env = os.environ | {'HF_HUB_OFFLINE': '1', 'PYTHONPATH': str(root), 'PATH': f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    env |= {f'JUPYTER_{name}_DIR': str(home/name) for name in ('CONFIG', 'RUNTIME')} | {'JUPYTERLAB_SETTINGS_DIR': str(home/'settings'), 'JUPYTERLAB_WORKSPACES_DIR': str(home/'workspaces')}
+    command = [sys.executable, '-m', 'jupyter', 'lab', str(folder), '--no-browser', f'--port={port}', '--ServerApp.port_retries=0', '--IdentityProvider.token=test', '--allow-root']
+    log = (home/'lab.log').open('w')
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+    try:
+        for _ in range(240):
+            assert process.poll() is None, f'JupyterLab did not start:\n{(home/"lab.log").read_text()}'
+            with socket.socket() as s:
+                if not s.connect_ex(('127.0.0.1', port)): break
+            time.sleep(0.5)
+        yield f'http://127.0.0.1:{port}', 'token=test'
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait()
+        log.close()
+
+def set_parameter(page, cell, old, new):
+    "Change a line of a cell as a person would: click into it, select all, type the changed text"
+    text = cell.locator('.cm-content')
+    source = '\n'.join(text.locator('.cm-line').all_inner_texts())
+    assert old in source, f'no line {old!r} in the cell of parameters'
+    text.click()
+    page.keyboard.press('Control+a')
+    page.keyboard.insert_text(source.replace(old, new))
+
+def test_lab(pictures=None):
+    "In JupyterLab: open a pipeline notebook, change its parameters, run all cells, look at the result"
+    with tempfile.TemporaryDirectory() as tmp, chromium() as browser:
+        copy, home = Path(tmp)/'nbs', Path(tmp)/'home'
+        home.mkdir()
+        shutil.copytree(root/'nbs', copy, ignore=shutil.ignore_patterns('runs', '.ipynb_checkpoints'))
+        with jupyter_lab(copy, home) as (url, token):
+            page = new_page(browser, dict(width=1400, height=1000), [])
+            page.goto(f'{url}/lab/tree/pipeline/prepare.ipynb?{token}', timeout=120_000)
+            cells = page.locator('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook-cell')
+            parameters = cells.filter(has_text='run_dir: str').first
+            parameters.wait_for(timeout=120_000)
+            set_parameter(page, parameters, 'limit: int = 96 ', 'limit: int = 31 ')
+            page.get_by_text(re.compile(r'\| Idle$')).first.wait_for(timeout=120_000)  # its kernel has started
+            page.get_by_role('menuitem', name='Run', exact=True).click()
+            page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
+            confirm = page.locator('.jp-Dialog .jp-mod-accept')  # which kernel? the one of the notebook
+            done = time.time() + 240
+            notebook = copy/'pipeline'/'prepare.ipynb'
+            while not (copy/'pipeline'/'runs'/'lab'/'pairs.parquet').exists():
+                if time.time() > done:
+                    if pictures: page.screenshot(path=Path(pictures)/'lab.png')
+                    raise AssertionError(f'the notebook did not finish:\n{cells.all_inner_texts()}')
+                if confirm.count(): confirm.first.click()
+                page.wait_for_timeout(500)
+            table = cells.filter(has_text='split_report').locator('.jp-RenderedHTMLCommon table')
+            table.get_by_role('row', name=re.compile('^train')).wait_for()
+            page.wait_for_timeout(1000)
+            assert re.search(r'\b31\b', table.inner_text()), f'the table does not know the new limit:\n{table.inner_text()}'
+            assert not page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').count(), 'a cell ended with an error'
+            page.keyboard.press('Control+s')
+            page.wait_for_timeout(1000)
+            assert 'limit: int = 31' in notebook.read_text(), 'the changed notebook was not saved'
+            table.scroll_into_view_if_needed()
+            if pictures: page.screenshot(path=Path(pictures)/'lab.png')
+    print('JupyterLab: prepare.ipynb with limit 31 ran to the end')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('test', choices=['site', 'lab'])
+    parser.add_argument('--pictures', metavar='FOLDER', help='keep pictures of what was seen')
+    args = parser.parse_args()
+    if args.pictures: Path(args.pictures).mkdir(parents=True, exist_ok=True)
+    try: dict(site=test_site, lab=test_lab)[args.test](args.pictures)
+    except AssertionError as e: sys.exit(f'FAILED {e}')
+    print('ok')
