@@ -186,7 +186,7 @@ def sweep_goes_on():
         assert done == everything(*parts), 'a finished part of the sweep was done again'
         assert output.count('unchanged, skipped') == 2 and '2/2' in output, output
         runs = {p.name: p for p in (sweep/'runs').iterdir()}
-        sweep_metrics.update({name: json.loads((p/'metrics.json').read_text()) for name, p in runs.items()})
+        sweep_metrics.update({name: read_metrics(p) for name, p in runs.items()})
         reported.update(t for t in installed if all(list(p.glob(f'{t}*')) for p in runs.values()))
         moved = sweep.rename(Path(tmp)/'moved')
         (moved/'compare.html').unlink()
@@ -205,7 +205,7 @@ def sweep_with_ray():
     if not util.find_spec('ray'): raise SkipTest('not installed: ray')
     with tempfile.TemporaryDirectory() as tmp:
         call(bin/'corrnb', 'sweep', '--profile', 'tiny', '--name', 'ray', '--runs-dir', tmp, '--workers', '2', '-p', 'regression_loss_weight', '0,10')
-        metrics = {p.parent.name: json.loads(p.read_text()) for p in Path(tmp).glob('ray/runs/*/metrics.json')}
+        metrics = {p.name: read_metrics(p) for p in Path(tmp).glob('ray/runs/*')}
     gap = difference(metrics, sweep_metrics)
     assert gap <= 1e-6, f'the metrics differ, by {gap:.2g}'
 
@@ -229,7 +229,7 @@ def two_processes_train():
         kill_launch(Path(tmp)/'two', launch)
         call(*launch)
         assert call(bin/'corrnb', 'run', *same).count('unchanged, skipped') == 3, 'the launched training did not count'
-        gap = difference(demo_metrics, json.loads((Path(tmp)/'two'/'metrics.json').read_text()))
+        gap = difference(demo_metrics, read_metrics(Path(tmp)/'two'))
     assert gap <= 1e-4, f'two processes gave other metrics, by {gap:.2g}'
 
 def h100_benchmark_runs():

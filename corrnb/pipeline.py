@@ -356,6 +356,15 @@ def _reason(error: Exception) -> str:
         advice = '\nHalve per_device_train_batch_size and double gradient_accumulation_steps: the training stays the same and needs less memory.'
     return f'{error.ename}: {error.evalue}{advice}'
 
+def _drop_bars(notebook: Path):
+    "Take the progress bars out of an executed notebook: without their kernel they would show where they began"
+    import nbformat
+    nb = nbformat.read(notebook, as_version=4)
+    for cell in nb.cells:
+        if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})]
+    nb.metadata.pop('widgets', None)
+    atomic_write(notebook, nbformat.writes(nb) + '\n')
+
 def execute_stage(
     stage: Stage,
     params: dict,           # all parameters; the stage gets its own and `run_dir`
@@ -375,6 +384,7 @@ def execute_stage(
                                     extra_arguments=['--log-level=CRITICAL'], progress_bar=False, **show)
     except (papermill.PapermillExecutionError, DeadKernelError) as e: reason = scrub(_reason(e), secrets)
     else:
+        _drop_bars(out)
         if stage.name in REPORTS: write_report(out, folder/REPORTS[stage.name], f'{folder.name}: {stage.name}')
         return out
     raise PipelineError(f'{stage.name} failed: {reason}\nThe notebook as far as it came: {out}')
