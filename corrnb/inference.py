@@ -108,7 +108,7 @@ def fit_mixture(dist: AnswerDistribution,  # of the model on validation rows, (r
         near = torch.from_numpy(neighbour_distribution(values, distances, dist.values.numpy(), bandwidth, temperature))
         p = lambdas[:, None, None]*dist.probs + (1 - lambdas[:, None, None])*near.float()
         scores = AnswerDistribution(dist.values, p.log()).crps(y).mean(-1)
-        best = min(best, (scores.min().item(), Mixture(lambdas[scores.argmin()].item(), bandwidth, temperature)), key=lambda x: x[0])
+        best = min(best, (scores.min().item(), Mixture(scores.argmin().item()/10, bandwidth, temperature)), key=lambda x: x[0])
     return best[1]
 
 # %% ../nbs/12_inference.ipynb #55190956
