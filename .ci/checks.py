@@ -1,14 +1,14 @@
 """What `make test` checks: all library notebooks, that everything made from notebooks is up to date, whole runs of the
 pipeline with the tiny model, from the embedded market and from PostgreSQL, that the tutorials and the README's code run, and the documentation site. Its last line is `N passed, N failed`, with
 `, N skipped` behind it where something could not be run. `checks.py readme` writes README.md (`make readme`)."""
-import contextlib, io, json, os, re, shlex, shutil, signal, subprocess, sys, tempfile, time
+import contextlib, io, json, os, re, shlex, shutil, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import util
 from pathlib import Path
 from unittest import SkipTest
 from urllib.parse import quote
 
-import nbformat, yaml
+import nbformat, psutil, yaml
 from nbconvert import MarkdownExporter
 from nbdev.doclinks import nbglob
 from traitlets.config import Config
@@ -210,13 +210,15 @@ def sweep_with_ray():
     assert gap <= 1e-6, f'the metrics differ, by {gap:.2g}'
 
 def kill_launch(run, command):
-    "Start training in two processes and kill both as soon as the run has a complete checkpoint"
-    process = subprocess.Popen([str(a) for a in command], cwd=root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    "Start training in two processes and kill all that belongs to it as soon as the run has a complete checkpoint"
+    process = psutil.Popen([str(a) for a in command], cwd=root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(run.glob('checkpoints/*/complete.json')):
         assert process.poll() is None, 'the launch ended without a checkpoint'
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    family = [process, *process.children(recursive=True)]  # the trainings have sessions of their own
+    for p in family:
+        with contextlib.suppress(psutil.NoSuchProcess): p.kill()
+    psutil.wait_procs(family)
 
 def two_processes_train():
     "The train stage under `accelerate launch` with two processes, killed and launched again, gives the losses of one process"
