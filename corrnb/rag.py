@@ -356,7 +356,7 @@ def load(cls: PairRetriever, folder: str|Path, model, tokenizer, cache_dir: Path
 @patch
 def training_neighbours(self: PairRetriever,
                         rows: pd.DataFrame,  # training rows
-                        k: int,
+                        k: int,              # most similar pairs of a row
                         novelty: pd.Series,  # of the held-out rows: 'seen', 'one_new' or 'both_new'
                         seed: int=0          # whose contract is hidden depends on it and on the id of the row
                        ) -> tuple[list[list[dict]], list[np.ndarray]]: # as of `neighbours`
@@ -369,4 +369,6 @@ def training_neighbours(self: PairRetriever,
     both, one = np.cumsum([share.get('both_new', 0), share.get('one_new', 0)])
     n_hidden = np.select([(rank := lots.rank(pct=True)) <= both, rank <= one], [2, 1], 0)
     hidden = [list(pair) if n == 2 else [pair[int(lot, 16) % 2]]*n for pair, lot, n in zip(groups, lots, n_hidden)]
-    return self.rag.search_many(self.vectors(rows), k, exclude=[{key}.union(*(known[g] for g in h)) for key, h in zip(own, hidden)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', r'only \d+ of \d+ neighbours')     # hiding leaves fewer
+        return self.rag.search_many(self.vectors(rows), k, exclude=[{key}.union(*(known[g] for g in h)) for key, h in zip(own, hidden)])

@@ -74,9 +74,10 @@ def experiment(dataset: str, k: int=0, seed: int=0, train: bool=True, test: bool
     sides = {s: frame[frame.split == s].reset_index(drop=True) for s in ('train', 'val', 'test')}
     retriever = PairRetriever.build(frame, TARGET, model, tokenizer, list(layers), cache)
     grid, config = AnswerGrid(tokenizer, prefix=ANSWER_PREFIX), TrainingConfig(**{**BASE, **settings, 'seed': seed})
+    similar, apart = retriever.training_neighbours(sides['train'], MIXTURE_NEIGHBOURS, sides['val'].novelty, seed)
     history, seconds = [], dict(prepare=time.perf_counter() - start)
     if train:
-        rows = TrainingRows(sides['train'], TARGET, config, retriever.training_neighbours(sides['train'], k, sides['val'].novelty, seed)[0] if k else None)
+        rows = TrainingRows(sides['train'], TARGET, config, [s[:k] for s in similar])
         model = retriever.model = add_lora(model, config.lora_r, config.lora_alpha, last_layers=config.lora_last_layers, seed=seed)
         trainer = make_trainer(model, grid, rows, config, cls=LinearHead if head else RegressionAugmentedTrainer, save_strategy='no', disable_tqdm=True)
         trainer.train()
@@ -90,7 +91,7 @@ def experiment(dataset: str, k: int=0, seed: int=0, train: bool=True, test: bool
     else: dist = predictor.model_distribution(held_out, found)
     values, distances = neighbour_arrays(found, gaps)
     val, y = (held_out.split == 'val').to_numpy(), held_out[TARGET].to_numpy()
-    mixture = fit_mixture(dist[torch.tensor(val)], values[val], distances[val], y[val])
+    mixture = fit_mixture(dist[torch.tensor(val)], values[val], distances[val], y[val], training=(*neighbour_arrays(similar, apart), sides['train'][TARGET]))
     baselines = baseline_predictions(sides['train'], held_out, TARGET, neighbours=(values[:, :5], distances[:, :5]),
                                      train_vectors=retriever.vectors(sides['train']), row_vectors=retriever.vectors(held_out))
     seconds['all'] = time.perf_counter() - start
