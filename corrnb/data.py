@@ -72,12 +72,11 @@ def _cell(value):
     return value.item() if isinstance(value, np.generic) else value
 
 def _name(value):
-    value = _cell(value)
-    if isinstance(value, float) and value.is_integer(): value = int(value)
-    name = None if value is None else str(value)
-    if name and not name.isprintable() and any(unicodedata.category(c) in ('Cc', 'Cs') for c in name):
+    if (value := _cell(value)) is None: return None
+    name = str(value)
+    if not name.isprintable() and any(unicodedata.category(c) in ('Cc', 'Cs') for c in name):
         raise ValueError('it holds a character that is no text')
-    return name
+    return name[:-2] if name.endswith('.0') and name[:-2].isdecimal() else name
 
 def _text(value): return clean_text(value, None) or None
 

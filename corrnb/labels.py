@@ -298,7 +298,7 @@ def write_labels(
     create_tables(engine)
     old = read_table(engine, ContractCorrelation, ["id", "contract_a_title", "contract_b_title", "price_correlation"])
     if missing := [c for c in LABELS if c not in old]: print(f"the table has no column {', '.join(missing)}: not written")
-    ids = old.reindex(columns=["contract_a_id", "contract_b_id"])
+    ids = old.reindex(columns=["contract_a_id", "contract_b_id"]).apply(_names)
     old = old.assign(name=_pair_names(ids))[ids.notna().all(axis=1)]
     tried = labels[labels["reason"] != "no prices of one contract"]
     tried = tried.set_axis(pd.Index(_pair_names(tried), tupleize_cols=False))
@@ -330,7 +330,7 @@ def make_labels(
     engine = make_engine() if None in (prices, contracts, out) or pairs == "database" else None
     price_frame = read_prices(engine) if prices is None else _from_file(prices, ContractPrice, "contract_id", "ts", "price")
     info = check_table(read_contracts(engine) if contracts is None else read_file(contracts), Contract)
-    named = price_frame["contract_id"].isin(info["contract_id"])
+    named = _names(price_frame["contract_id"]).isin(info["contract_id"])
     print(f"{len(price_frame):,} prices of {price_frame['contract_id'].nunique():,} contracts"
           + ("" if named.all() else f", {price_frame['contract_id'][~named].nunique():,} of them left out because they have no title"))
     if pairs == "database": chosen = read_table(engine, ContractCorrelation, ["id", "contract_a_id", "contract_b_id"])
