@@ -39,33 +39,41 @@ class AnswerDistribution:
         return (self.probs*(self.values - self.mean[..., None])**2).sum(-1).clamp_min(1e-12).sqrt()
     @property
     def mode(self) -> torch.Tensor: return self.values[self.probs.argmax(-1)]
-    @property
-    def median(self) -> torch.Tensor: return self.quantile(0.5)
-
-    def quantile(self, q: float) -> torch.Tensor:
-        "Smallest value whose cumulated probability is at least `q`"
-        if not 0 < q < 1: raise ValueError(f'a quantile is between 0 and 1, not {q}')
-        reached = self.probs.cumsum(-1) >= q - 1e-6
-        return self.values[torch.where(reached.any(-1), reached.int().argmax(-1), len(self.values) - 1)]
-    def interval(self, level: float=0.9) -> tuple[torch.Tensor, torch.Tensor]:
-        "Lower and upper end of the central interval that holds at least `level` of the probability"
-        if not 0 < level < 1: raise ValueError(f'the level of an interval is between 0 and 1, not {level}')
-        return self.quantile((1 - level)/2), self.quantile((1 + level)/2)
-    def mass_within(self, centre: torch.Tensor, radius: float=0.2) -> torch.Tensor:
-        "Probability that the value is at most `radius` away from `centre`"
-        near = (self.values - centre[..., None]).abs() <= radius + 1e-6
-        return (self.probs*near).sum(-1)
-    def crps(self, y: torch.Tensor) -> torch.Tensor:
-        "Continuous ranked probability score E|X-y| - E|X-X'|/2, exact (Gneiting & Raftery 2007, eq. 21); lower is better"
-        cdf = self.probs.cumsum(-1)[..., :-1]
-        return (self.probs*(self.values - y[..., None]).abs()).sum(-1) - (cdf*(1 - cdf)*self.values.diff()).sum(-1)
-
     def __getitem__(self, i): return AnswerDistribution(self.values, self.log_probs[i])
     def __len__(self): return len(self.log_probs)
     def __repr__(self):
         if self.log_probs.dim() > 1: return f'AnswerDistribution of {len(self)} rows on {len(self.values)} values'
         lo, hi = self.interval(0.9)
         return f'{self.mean:.2f} ± {self.std:.2f}, 90 % in [{lo:.2f}, {hi:.2f}], {self.log_mass.exp():.1%} of the mass on the grid'
+
+# %% ../nbs/07_answers.ipynb #7bb073f4
+@patch
+def quantile(self: AnswerDistribution, q: float) -> torch.Tensor:
+    "Smallest value whose cumulated probability is at least `q`"
+    if not 0 < q < 1: raise ValueError(f'a quantile is between 0 and 1, not {q}')
+    reached = self.probs.cumsum(-1) >= q - 1e-6
+    return self.values[torch.where(reached.any(-1), reached.int().argmax(-1), len(self.values) - 1)]
+
+@patch(as_prop=True)
+def median(self: AnswerDistribution) -> torch.Tensor: return self.quantile(0.5)
+
+@patch
+def interval(self: AnswerDistribution, level: float=0.9) -> tuple[torch.Tensor, torch.Tensor]:
+    "Lower and upper end of the central interval that holds at least `level` of the probability"
+    if not 0 < level < 1: raise ValueError(f'the level of an interval is between 0 and 1, not {level}')
+    return self.quantile((1 - level)/2), self.quantile((1 + level)/2)
+
+@patch
+def mass_within(self: AnswerDistribution, centre: torch.Tensor, radius: float=0.2) -> torch.Tensor:
+    "Probability that the value is at most `radius` away from `centre`"
+    near = (self.values - centre[..., None]).abs() <= radius + 1e-6
+    return (self.probs*near).sum(-1)
+
+@patch
+def crps(self: AnswerDistribution, y: torch.Tensor) -> torch.Tensor:
+    "Continuous ranked probability score E|X-y| - E|X-X'|/2, exact (Gneiting & Raftery 2007, eq. 21); lower is better"
+    cdf = self.probs.cumsum(-1)[..., :-1]
+    return (self.probs*(self.values - y[..., None]).abs()).sum(-1) - (cdf*(1 - cdf)*self.values.diff()).sum(-1)
 
 # %% ../nbs/07_answers.ipynb #be73d68e
 SHOWN_ROWS = 10  # of a distribution with many

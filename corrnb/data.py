@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_TEXT', 'NAME', 'TEXT', 'JSON', 'NUMBER', 'WHOLE', 'FLAG', 'MOMENT', 'BLOCK', 'SIDES', 'NOVELTY', 'clean_text',
-           'text_key', 'pair_key', 'PairError', 'Kind', 'column_kinds', 'row_model', 'check_rows', 'check_pairs',
+           'text_key', 'pair_key', 'PairError', 'Kind', 'column_kinds', 'read_column', 'check_rows', 'check_pairs',
            'check_table', 'read_file', 'read_pairs', 'import_file', 'contract_groups', 'title_form', 'add_novelty',
            'split_pairs', 'split_report', 'contract_kfold', 'limit_pairs', 'to_datasets']
 
@@ -13,14 +13,11 @@ import csv, gzip, html, json, re, reprlib, unicodedata, warnings
 import numpy as np
 import pandas as pd
 import sqlalchemy as sa
-from collections import Counter
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Callable, Literal, NamedTuple
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
-from pydantic import ValidationInfo, create_model, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, FiniteFloat, TypeAdapter, ValidationError
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from .config import content_hash
@@ -70,17 +67,18 @@ class PairError(ValueError):
 
 # %% ../nbs/02_data.ipynb #ec44121f
 def _cell(value):
-    "Text without white space around it, None if nothing is left; anything else as it is"
-    return (value.strip() or None) if isinstance(value, str) else value
+    "Text without white space around it, None if nothing is left; NumPy's numbers as Python's; anything else as it is"
+    if isinstance(value, str): return value.strip() or None
+    return value.item() if isinstance(value, np.generic) else value
 
 def _name(value):
-    if isinstance(value, float) and value.is_integer(): value = int(value)
-    return None if value is None else _cell(str(value))
+    if (value := _cell(value)) is None: return None
+    name = str(value)
+    if not name.isprintable() and any(unicodedata.category(c) in ('Cc', 'Cs') for c in name):
+        raise ValueError('it holds a character that is no text')
+    return name[:-2] if name.endswith('.0') and name[:-2].isdecimal() else name
 
-def _text(value, info: ValidationInfo):  # texts that are cut are counted in the context
-    text = clean_text(value, None)
-    if len(text) > MAX_TEXT and info.context is not None: info.context[info.field_name] += 1
-    return text[:MAX_TEXT].rstrip() or None
+def _text(value): return clean_text(value, None) or None
 
 def _moment(value):  # as UTC; a bare number is no time
     if (value := _cell(value)) is None: return None
@@ -92,7 +90,8 @@ _utc = UtcDateTime().process_bind_param
 def _json(value):  # JSON text, whether the cell holds that or what it stands for
     try:
         if isinstance(value, str): value = json.loads(value) if value.strip() else None
-        return None if value is None else json.dumps(value, ensure_ascii=False, allow_nan=False, default=lambda v: v.tolist())
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=lambda v: v.tolist())
+        return None if value is None else text.encode().decode()   # half a surrogate pair cannot be encoded
     except (ValueError, AttributeError) as e: raise ValueError(f'it should be JSON ({e})') from None
 
 # %% ../nbs/02_data.ipynb #a9c8ccc3
@@ -116,62 +115,48 @@ def column_kinds(table: type[Base]) -> dict[str, Kind]:
     return kinds
 
 # %% ../nbs/02_data.ipynb #99e9cfb9
-class _Row(BaseModel):
-    model_config = ConfigDict(validate_default=True)
-
-    @field_validator('contract_b_venue', check_fields=False)
-    @classmethod
-    def two_contracts(cls, venue, info):
-        "The titles differ, and no contract is paired with itself"
-        title, other, a, b, a_venue = (info.data.get(f'contract_{c}') for c in ('a_title', 'b_title', 'a_id', 'b_id', 'a_venue'))
-        if title and other and text_key(title) == text_key(other):
-            raise PydanticCustomError('pair', 'both titles are the same: {title}', dict(title=repr(title[:60])))
-        if a and a == b and a_venue == venue: raise PydanticCustomError('pair', 'a contract paired with itself: {a}', dict(a=a))
-        return venue
-
-def row_model(kinds: dict[str, Kind],   # of the columns
-              needed=()                 # names of the columns that may not be empty
-             ) -> type[BaseModel]:
-    "The pydantic model of a row"
-    def field(name, kind):
-        return Annotated[kind.type if name in needed else kind.type | None, BeforeValidator(kind.read)], ... if name in needed else None
-    return create_model('Row', __base__=_Row, **{name: field(name, kind) for name, kind in kinds.items()})
-
-# %% ../nbs/02_data.ipynb #ec4769d9
 BLOCK = 10_000  # rows
 
-def _reason(error: dict) -> str:
+def _reason(column: str, error: dict) -> str:
     "What pydantic says of a cell, with the column and what is in it"
-    if error['type'] == 'pair': return error['msg']
-    if error['input'] is None: return f'{error["loc"][-1]} is missing'
     said = error['msg'].replace('Input', 'it').removeprefix('Value error, ').split(', unable')[0]
-    return f'{error["loc"][-1]} is {reprlib.repr(error["input"])}: {said}'
+    return f'{column} is {reprlib.repr(error["input"])}: {said}'
 
-def _read_rows(frame: pd.DataFrame, kinds: dict[str, Kind], needed=(), cut: Counter|None=None) -> tuple:
-    "The columns of the good rows as they are read; (row, reason) for each problem of the others"
-    model, frame = TypeAdapter(list[row_model(kinds, needed)]), frame[[c for c in kinds if c in frame]]
-    parts, problems = [], []
-    for start in range(0, len(frame), BLOCK):
-        block = frame.iloc[start:start+BLOCK]
-        records = block.astype(object).where(block.notna(), None).to_dict('records')
-        try: rows = model.validate_python(records, context=cut)
+def read_column(values: pd.Series,  # its index counts the rows
+                kind: Kind
+               ) -> tuple:          # the column, missing where a cell cannot be read; for each such row the reason
+    "A column as what it means"
+    cells_type, parts, wrong = TypeAdapter(list[Annotated[kind.type | None, BeforeValidator(kind.read)]]), [], {}
+    for start in range(0, len(values), BLOCK):
+        block = values.iloc[start:start+BLOCK]
+        cells = block.astype(object).where(block.notna(), None).tolist()
+        try: read = cells_type.validate_python(cells)
         except ValidationError as e:
-            errors = e.errors(include_url=False)
-            problems += [(block.index[error['loc'][0]], _reason(error)) for error in errors]
-            good = np.setdiff1d(np.arange(len(block)), [error['loc'][0] for error in errors])
-            block, rows = block.iloc[good], model.validate_python([records[i] for i in good])
-        read = {c: pd.Series([getattr(row, c) for row in rows], block.index, kinds[c].dtype) for c in block}
-        parts.append(pd.DataFrame({c: block[c] if column.equals(block[c]) else column for c, column in read.items()}))
-    return pd.concat(parts), problems
+            errors = {error['loc'][0]: error for error in e.errors(include_url=False)}
+            wrong |= {block.index[i]: _reason(values.name, error) for i, error in errors.items()}
+            read = cells_type.validate_python([None if i in errors else cell for i, cell in enumerate(cells)])
+        parts.append(pd.Series(read, block.index, kind.dtype, values.name))
+    column = pd.concat(parts) if parts else values.astype(kind.dtype)
+    return values if column.equals(values) else column, wrong
+
+# %% ../nbs/02_data.ipynb #ec4769d9
+def _self_pairs(pairs: pd.DataFrame) -> dict:  # the reason for each row where that is so
+    "Pairs of a contract with itself: the same title twice, or the same id and venue"
+    nothing = pd.Series(None, pairs.index, TEXT_DTYPE)
+    (title, other), (a, b), (venue, b_venue) = ([pairs.get(f'contract_{s}_{c}', nothing) for s in 'ab'] for c in ('title', 'id', 'venue'))
+    keys = {t: text_key(t) for t in pd.concat([title, other]).dropna().unique()}   # a title stands in many rows
+    same_id, same_title = (a == b) & ((venue == b_venue) | (venue.isna() & b_venue.isna())), title.map(keys) == other.map(keys)
+    return ({i: f'a contract paired with itself: {a[i]}' for i in pairs.index[same_id]}
+            | {i: f'both titles are the same: {title[i][:60]!r}' for i in pairs.index[same_title]})
+
+def _repeated(keys: pd.DataFrame) -> dict:  # the reason for each row where that is so
+    "Rows whose key an earlier row has"
+    keys = keys.dropna()
+    if not (twice := keys.duplicated()).any(): return {}
+    first = keys.assign(row=keys.index + 1).groupby(list(keys)).row.transform('min')
+    return {i: f'the {" and ".join(keys)} is already used in row {first[i]}' for i in keys.index[twice]}
 
 # %% ../nbs/02_data.ipynb #4b386d53
-def _repeated(keys: pd.DataFrame) -> list:
-    "(row, reason) for rows whose key an earlier row has"
-    keys = keys.dropna()
-    if not (twice := keys.duplicated()).any(): return []
-    first = keys.assign(row=keys.index + 1).groupby(list(keys)).row.transform('min')
-    return [(i, f'the {" and ".join(keys)} is already used in row {first[i]}') for i in keys.index[twice]]
-
 def check_rows(frame: pd.DataFrame,      # its index counts the rows
                kinds: dict[str, Kind],   # of the columns that are read, if they are there
                needed: list[str],        # names of those that must be there and may not be empty
@@ -179,18 +164,28 @@ def check_rows(frame: pd.DataFrame,      # its index counts the rows
               ) -> pd.DataFrame:         # with the columns as they are read
     "The frame ready for use, or one `PairError` with all problems of all rows"
     _need(frame, needed)
-    values, problems = _read_rows(frame, kinds, needed, cut := Counter())
-    keys = values[key]
-    if problems: keys = pd.DataFrame({k: _read_rows(frame, {k: kinds[k]})[0][k] for k in key}, index=frame.index)
-    problems += _repeated(keys) if key else []
-    for column, n in cut.items(): print(f'{n} texts of {column} are longer than {MAX_TEXT:,} characters and are cut')
+    values, problems = {}, []
+    for c in [c for c in kinds if c in frame]:
+        values[c], wrong = read_column(frame[c], kinds[c])
+        missing = {i: f'{c} is missing' for i in frame.index[values[c].isna()]} if c in needed else {}
+        problems += (missing | wrong).items()
+        if kinds[c] is TEXT and (long := values[c].str.len() > MAX_TEXT).any():
+            print(f'{long.sum()} texts of {c} are longer than {MAX_TEXT:,} characters and are cut')
+            values[c] = values[c].str[:MAX_TEXT].str.rstrip()
+    read = pd.DataFrame(values)
+    problems += [*_self_pairs(read).items(), *(_repeated(read[key]).items() if key else [])]
     if not problems: return frame.assign(**values).reset_index(drop=True)
-    names = {i: f' ({key[0]} {None if pd.isna(v) else v})' for i, v in keys[key[0]].items()} if key else {}
+    names = {i: f' ({key[0]} {None if pd.isna(v) else str(v)[:60]})' for i, v in read[key[0]].items()} if key else {}
     lines = [f'row {i + 1}{names.get(i, "")}: {reason}' for i, reason in sorted(problems, key=lambda p: p[0])]
-    raise PairError(lines, f'{len(lines)} problem{"s"[:len(lines) > 1]} in {len(frame)} rows:')
+    raise PairError(lines, f'{_count(len(lines), "problem")} in {_count(len(frame), "row")}:')
+
+def _count(n: int, what: str) -> str:
+    "1 row, 2 rows"
+    return f'{n} {what}{"s"[:n != 1]}'
 
 def _need(frame: pd.DataFrame, names: list[str]):
-    "`PairError` where columns or all rows are missing"
+    "`PairError` where columns or all rows are missing, or a column is there twice"
+    if twice := sorted(set(frame.columns[frame.columns.duplicated()].map(str))): raise PairError([f'two columns are called {", ".join(twice)}'])
     if missing := [c for c in names if c not in frame]:
         raise PairError([f'missing columns: {", ".join(missing)} (there are: {", ".join(map(str, frame.columns))})'])
     if frame.empty: raise PairError(['there are no rows: the table is empty'])
@@ -213,14 +208,14 @@ def check_pairs(pairs: pd.DataFrame|list,  # `id`, both titles, the target; othe
                 target: str|None           # column to predict, a number in [-1, 1]; None: pairs to be predicted need titles only
                ) -> pd.DataFrame:          # cleaned titles, text ids, numbers; without rows marked inactive
     "The pairs ready for use, or one `PairError` with all their problems"
-    pairs, kinds = pd.DataFrame(pairs).reset_index(drop=True), _pair_kinds(target)
+    pairs = pd.DataFrame(pairs, dtype=object if isinstance(pairs, list) else None).reset_index(drop=True)
+    kinds = _pair_kinds(target)
     needed = ['contract_a_title', 'contract_b_title'] + ([] if target is None else ['id', target])
     _need(pairs, needed)
     if 'is_active' in pairs:
-        active = _read_rows(pairs, dict(is_active=FLAG))[0].is_active
-        if (off := ~active.fillna(True)).any():
-            print(f'{off.sum()} of {len(pairs)} rows are marked inactive and are left out')
-            pairs = pairs.drop(active.index[off])
+        off = ~read_column(pairs.is_active, FLAG)[0].fillna(True)
+        if off.any(): print(f'{off.sum()} of {len(pairs)} rows are marked inactive and are left out')
+        pairs = pairs[~off]
     if 'split' in pairs and pairs.split.isna().all(): pairs = pairs.drop(columns='split')
     needed += [c for c in ('id', 'split') if c in pairs]
     return check_rows(pairs, kinds, needed, [c for c in ['id'] if c in pairs])
@@ -258,7 +253,7 @@ def read_file(path: str|Path     # .csv, .csv.gz or .parquet
     try: frame = read(Path(path))
     except UnicodeDecodeError as e:
         raise PairError([f'{path} is not UTF-8 text (at byte {e.start}): save it as CSV UTF-8']) from e
-    except (ValueError, pd.errors.ParserWarning) as e:
+    except (ValueError, EOFError, gzip.BadGzipFile, pd.errors.ParserWarning) as e:
         torn = isinstance(e, (pd.errors.ParserError, pd.errors.ParserWarning))
         hint = ' (titles that hold the separator need quotes)' if torn else ''
         raise PairError([f'{path} cannot be read: {" ".join(str(e).split())}{hint}']) from e
@@ -360,7 +355,7 @@ def _cut(place: np.ndarray,    # (rows,) numbers: where each row stands in the o
          hint: str             # what to do if there are too few places
         ) -> np.ndarray:       # 'train', 'val' or 'test' for each row; `PairError` if there are fewer than three places
     "Cut an order of the rows where the shares come nearest to the wanted ones; rows of one place stay together"
-    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+    if not (len(fractions) == 3 and min(fractions) > 0 and abs(sum(fractions) - 1) < 1e-6):
         raise ValueError(f'fractions are the positive shares of train, val and test and sum to 1, not {fractions}')
     ends, counts = np.unique(place, return_counts=True)
     if len(ends) < 3: raise PairError([f'{len(place)} rows form {len(ends)} separate groups, too few for train, val and test: {hint}'])

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.dates import ConciseDateFormatter
 from scipy.special import expit, logit
 from sqlalchemy import Engine
 from .config import content_hash
@@ -361,7 +362,7 @@ def plot_paths(
         color = plt.cm.cividis(i / max(1, len(contracts) - 1) * .8)
         ax.plot(path["ts"], path["price"], color=color, ls=("-", "--", ":")[i % 3], label=c.title)
     ax.set(title=f"Event: {event_id}", ylabel="price (probability)", xlabel="day", ylim=(0, 1))
-    ax.tick_params(axis="x", rotation=20)
+    ax.xaxis.set_major_formatter(ConciseDateFormatter(ax.xaxis.get_major_locator()))
     ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return ax
 

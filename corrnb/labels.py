@@ -13,7 +13,7 @@ import pandas as pd
 from pathlib import Path
 from scipy.special import logit
 from .config import atomic_write, content_hash
-from .data import check_table, read_file, text_key
+from .data import NAME, check_table, read_file, text_key
 from .schema import Contract, ContractCorrelation, ContractPrice, create_tables, make_engine
 from .schema import read_contracts, read_prices, read_table, write_frame
 
@@ -28,11 +28,22 @@ def _utc(ts: pd.Series) -> pd.Series:
         raise ValueError("ts holds numbers, not times: convert them first, e.g. with pd.to_datetime(ts, unit='s', utc=True)")
     return pd.to_datetime(ts, utc=True, format="ISO8601", errors="coerce")
 
-def _gap(max_gap):
-    "A length of time as NumPy's; ValueError if it is none"
-    try: return None if max_gap is None else pd.Timedelta(max_gap).to_timedelta64()
-    except ValueError: raise ValueError(f"max_gap is {max_gap!r}, not a length of time such as '3D' or '12h'") from None
+def _names(ids: pd.Series) -> pd.Series:
+    "Contract ids as text, so that 7 in one file is '7' in another"
+    return ids.map({i: NAME.read(i) for i in ids.dropna().unique()})
 
+# %% ../nbs/03_labels.ipynb #ef20eda5
+def _last_of_each(long: pd.DataFrame) -> pd.DataFrame:
+    "One row for each contract and time, the last one; a warning says how many were left out"
+    key = ["contract_id", "ts"]
+    if not (again := long.duplicated(key, keep="last")).any(): return long
+    first = long[again].iloc[0]
+    differ = (long[long.duplicated(key, keep=False)].groupby(key)["price"].nunique() > 1).sum()
+    warnings.warn(f"{again.sum()} rows are followed by another price of the same contract and time (the first: contract "
+                  f"{first.contract_id!r} at {first.ts:%Y-%m-%d %H:%M:%S}; {differ} times with different prices): the last one counts")
+    return long[~again]
+
+# %% ../nbs/03_labels.ipynb #a71d7664
 def price_table(
     prices: pd.DataFrame,         # long: contract_id, ts (time; UTC where it has no zone), price (a missing one is no observation)
     transform: str = "level",     # "level", or "logit" for probabilities strictly between 0 and 1
@@ -43,6 +54,7 @@ def price_table(
     _need(prices, "prices", "contract_id", "ts", "price")
     long = prices[["contract_id", "ts", "price"]].dropna(subset="price")
     value, times = pd.to_numeric(long["price"], errors="coerce").astype(float), _utc(long["ts"])
+    long = long.assign(contract_id=_names(long["contract_id"]))
     def refuse(bad, why):
         if bad.any():
             row = long[bad].iloc[0]
@@ -56,15 +68,15 @@ def price_table(
     long = _last_of_each(long.assign(ts=times, price=logit(value) if transform == "logit" else value))
     return long.pivot(index="ts", columns="contract_id", values="price")
 
-def _last_of_each(long: pd.DataFrame) -> pd.DataFrame:
-    "One row for each contract and time, the last one; a warning says how many were left out"
-    key = ["contract_id", "ts"]
-    if not (again := long.duplicated(key, keep="last")).any(): return long
-    first = long[again].iloc[0]
-    differ = (long[long.duplicated(key, keep=False)].groupby(key)["price"].nunique() > 1).sum()
-    warnings.warn(f"{again.sum()} rows are followed by another price of the same contract and time (the first: contract "
-                  f"{first.contract_id!r} at {first.ts:%Y-%m-%d %H:%M:%S}; {differ} times with different prices): the last one counts")
-    return long[~again]
+# %% ../nbs/03_labels.ipynb #acca2d45
+def _gap(max_gap):
+    "A length of time as NumPy's; ValueError if it is none. A bare number has no unit"
+    if max_gap is None: return None
+    try: gap = pd.Timedelta(max_gap)
+    except ValueError: gap = None
+    if gap is None or gap <= pd.Timedelta(0) or str(max_gap).isdecimal():
+        raise ValueError(f"max_gap is {max_gap!r}, not a length of time such as '3D' or '12h'")
+    return gap.to_timedelta64()
 
 # %% ../nbs/03_labels.ipynb #51741424
 def common_changes(
@@ -92,10 +104,11 @@ def common_changes(
 
 # %% ../nbs/03_labels.ipynb #69f9f921
 def correlation_errors(
-    rho,          # correlation(s), scalar or array, NaN allowed
+    rho,          # correlation(s), scalar or array, NaN allowed; ValueError where one is beyond -1 or 1
     n_changes,    # number of changes behind each, same shape; up to 3 gives NaN
 ) -> tuple:       # (fisher_z_se, price_correlation_se), same shape; the second is at least 0.005
     "Standard error of atanh(rho) and of rho itself (Fisher 1921, 'On the probable error of a coefficient of correlation')."
+    if (np.abs(rho) > 1).any(): raise ValueError(f"a correlation lies in [-1, 1], unlike {np.max(np.abs(rho)):g}")
     n = np.asarray(n_changes, float)
     z_se = 1 / np.sqrt(np.where(n > 3, n - 3, np.nan))
     return z_se, np.maximum((1 - np.square(rho)) * z_se, 0.005)
@@ -125,6 +138,26 @@ def _statistics(pair, x, y, n_pairs) -> dict:     # arrays (n_pairs,) by name
         return dict(price_correlation=rho, n_changes=n, staleness=1 - (a + b) / (2*n), moves_a=a, moves_b=b,
                     joint_moves=count((x != 0) & (y != 0)), largest_share=largest(cross) / np.bincount(pair, cross, n_pairs))
 
+# %% ../nbs/03_labels.ipynb #0a57de64
+def _pair_ends(table, pairs) -> tuple:  # (n_pairs, 2) columns of `table`, -1: none; frame of contract_a_id, contract_b_id
+    "Where the contracts of each pair are in the table"
+    names = ["contract_a_id", "contract_b_id"]
+    if pairs is None:
+        ends = np.column_stack(np.triu_indices(table.shape[1], 1))
+        return ends, pd.DataFrame({name: table.columns.take(side) for name, side in zip(names, ends.T)})
+    _need(pairs, "pairs", *names)
+    ids = pairs[names].assign(**{name: _names(pairs[name]) for name in names})
+    return np.column_stack([table.columns.get_indexer(ids[name]) for name in names]), ids
+
+def _measure(table, ends, max_gap, last) -> pd.DataFrame:  # a row for each pair, those of contracts without prices empty
+    "The statistics of all pairs"
+    nothing = _statistics(np.zeros(0, int), np.zeros(0), np.zeros(0), 0)
+    known, blocks = np.flatnonzero((ends >= 0).all(1)), [pd.DataFrame(nothing)]
+    for n, *changes in common_changes(table, ends[known], max_gap, last): blocks.append(pd.DataFrame(_statistics(*changes, n)))
+    found = pd.concat(blocks, ignore_index=True).set_axis(known).reindex(range(len(ends)))
+    counts = {c: 0 for c, v in nothing.items() if v.dtype.kind == "i"}
+    return found.fillna(counts).astype({c: int for c in counts})
+
 # %% ../nbs/03_labels.ipynb #0458c68e
 def pair_correlations(
     prices: pd.DataFrame,               # long: columns contract_id, ts, price
@@ -142,6 +175,8 @@ def pair_correlations(
     "Correlation of the price changes of each pair with its standard error. ValueError names a bad price (see `price_table`)."
     if min_changes < 4:
         raise ValueError(f"min_changes is {min_changes}, but the standard error 1/sqrt(n_changes - 3) needs at least 4")
+    if last is not None and last <= min_changes:
+        raise ValueError(f"the last {last} observations make at most {max(0, last - 1)} changes, fewer than min_changes={min_changes}")
     table = price_table(prices, transform, bounds)
     ends, ids = _pair_ends(table, pairs)
     found = _measure(table, ends, max_gap, last).set_axis(ids.index)
@@ -156,24 +191,6 @@ def pair_correlations(
     z_se, rho_se = correlation_errors(rho, found["n_changes"])
     ids = ids.assign(price_correlation=rho, fisher_z_se=np.where(reason == "", z_se, np.nan), price_correlation_se=rho_se)
     return pd.concat([ids, found], axis=1).assign(reason=reason)
-
-def _pair_ends(table, pairs) -> tuple:  # (n_pairs, 2) columns of `table`, -1: none; frame of contract_a_id, contract_b_id
-    "Where the contracts of each pair are in the table"
-    names = ["contract_a_id", "contract_b_id"]
-    if pairs is None:
-        ends = np.column_stack(np.triu_indices(table.shape[1], 1))
-        return ends, pd.DataFrame({name: table.columns.take(side) for name, side in zip(names, ends.T)})
-    _need(pairs, "pairs", *names)
-    return np.column_stack([table.columns.get_indexer(pairs[name]) for name in names]), pairs[names]
-
-def _measure(table, ends, max_gap, last) -> pd.DataFrame:  # a row for each pair, those of contracts without prices empty
-    "The statistics of all pairs"
-    nothing = _statistics(np.zeros(0, int), np.zeros(0), np.zeros(0), 0)
-    known, blocks = np.flatnonzero((ends >= 0).all(1)), [pd.DataFrame(nothing)]
-    for n, *changes in common_changes(table, ends[known], max_gap, last): blocks.append(pd.DataFrame(_statistics(*changes, n)))
-    found = pd.concat(blocks, ignore_index=True).set_axis(known).reindex(range(len(ends)))
-    counts = {c: 0 for c, v in nothing.items() if v.dtype.kind == "i"}
-    return found.fillna(counts).astype({c: int for c in counts})
 
 # %% ../nbs/03_labels.ipynb #694d0790
 def filter_table(
@@ -209,6 +226,7 @@ def _shifted(pair, x, y, n_pairs, block, rng) -> np.ndarray:  # (n_pairs,)
     lag, start = rng.integers(least, count - least + 1), count.cumsum() - count
     return _correlations(pair, x, y[start[pair] + (np.arange(len(pair)) - start[pair] + lag[pair]) % count[pair]], n_pairs)[0]
 
+# %% ../nbs/03_labels.ipynb #3811cec0
 def price_reliability(
     labels: pd.DataFrame,         # measured pairs: contract ids, price_correlation, its errors; rows without a label are left out
     prices: pd.DataFrame,         # what they were measured from
@@ -221,6 +239,7 @@ def price_reliability(
 ) -> pd.DataFrame:                # a row for all pairs and for each stratum: pairs, sd of the labels, error_inflation, and three
                                   # estimates of the reliability: from_errors, split_half, shifted; note under 30 pairs
     "Reliability of measured labels, from the errors' formula and from the prices themselves."
+    _need(labels, "labels", "price_correlation", "price_correlation_se", "fisher_z_se", *([by] if by else []))
     rng, labels = np.random.default_rng(seed), labels[labels["price_correlation"].notna()]
     if len(labels) > max_pairs: labels = labels.iloc[np.sort(rng.choice(len(labels), max_pairs, replace=False))]
     table, parts = price_table(prices, transform, bounds), []
@@ -242,8 +261,8 @@ def _estimates(rows) -> dict:
 
 # %% ../nbs/03_labels.ipynb #d271bcde
 def _pair_names(pairs) -> list[tuple]:
-    "Both contract ids of each pair, sorted; ids of any type as text"
-    return [tuple(sorted((str(a), str(b)))) for a, b in zip(pairs["contract_a_id"], pairs["contract_b_id"])]
+    "Both contract ids of each pair, sorted"
+    return [tuple(sorted((a, b))) for a, b in zip(pairs["contract_a_id"], pairs["contract_b_id"])]
 
 def label_rows(
     labels: pd.DataFrame,     # as from `pair_correlations`
@@ -251,7 +270,6 @@ def label_rows(
 ) -> tuple:                   # (rows like those of `contract_correlations`; labels with the reason of pairs that have the same title)
     "Pairs that have a label, with what is known about their contracts."
     info = check_table(contracts, Contract).set_index("contract_id")
-    labels = labels.assign(**{c: labels[c].map(str) for c in ("contract_a_id", "contract_b_id")})
     key = info["title"].map(text_key)
     same = (labels["contract_a_id"].map(key) == labels["contract_b_id"].map(key)) & (labels["reason"] == "")
     labels = labels.assign(reason=labels["reason"].cat.add_categories(why := "both titles are the same").mask(same, why))
@@ -280,7 +298,7 @@ def write_labels(
     create_tables(engine)
     old = read_table(engine, ContractCorrelation, ["id", "contract_a_title", "contract_b_title", "price_correlation"])
     if missing := [c for c in LABELS if c not in old]: print(f"the table has no column {', '.join(missing)}: not written")
-    ids = old.reindex(columns=["contract_a_id", "contract_b_id"])
+    ids = old.reindex(columns=["contract_a_id", "contract_b_id"]).apply(_names)
     old = old.assign(name=_pair_names(ids))[ids.notna().all(axis=1)]
     tried = labels[labels["reason"] != "no prices of one contract"]
     tried = tried.set_axis(pd.Index(_pair_names(tried), tupleize_cols=False))
@@ -312,7 +330,7 @@ def make_labels(
     engine = make_engine() if None in (prices, contracts, out) or pairs == "database" else None
     price_frame = read_prices(engine) if prices is None else _from_file(prices, ContractPrice, "contract_id", "ts", "price")
     info = check_table(read_contracts(engine) if contracts is None else read_file(contracts), Contract)
-    named = price_frame["contract_id"].isin(info["contract_id"])
+    named = _names(price_frame["contract_id"]).isin(info["contract_id"])
     print(f"{len(price_frame):,} prices of {price_frame['contract_id'].nunique():,} contracts"
           + ("" if named.all() else f", {price_frame['contract_id'][~named].nunique():,} of them left out because they have no title"))
     if pairs == "database": chosen = read_table(engine, ContractCorrelation, ["id", "contract_a_id", "contract_b_id"])

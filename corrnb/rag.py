@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastcore.basics import patch
 from .config import atomic_dir, content_hash
-from .data import contract_groups, pair_key
+from .data import PairError, check_pairs, contract_groups, pair_key
 from .embeddings import embed_texts, normalize, pair_vectors
 from .models import model_fingerprint
 
@@ -34,20 +34,17 @@ def _check_vectors(x,          # array-like (n, 2h): one pair vector a row, [con
     return x
 
 # %% ../nbs/09_rag.ipynb #708f2c6a
-def _check_pair(row: int,     # its place, for the error
-                pair: dict,   # metadata of one pair
-                target: str   # key of its known correlation
-               ) -> dict:     # the same in plain JSON values
-    "One pair's metadata, checked; ValueError that names the row and the reason"
-    pair = {k: None if pd.api.types.is_scalar(v) and pd.isna(v) else v for k, v in pair.items()}
-    where = f'metadata row {row} (id {pair.get("id")!r})'
-    missing = [k for k in ('id', 'contract_a_title', 'contract_b_title', target) if pair.get(k) is None]
-    if missing: raise ValueError(f'{where}: no value for {", ".join(missing)}')
-    if not isinstance(pair[target], (int, float, np.number)) or not abs(pair[target]) <= 1:
-        raise ValueError(f'{where}: {target} is {pair[target]!r}, not a number in [-1, 1]')
-    if pair.get('split', 'train') not in ('train', None):
-        raise ValueError(f'{where}: a row of the {pair["split"]} split; the index holds training rows only')
-    return json.loads(json.dumps(pair, default=lambda v: v.item() if isinstance(v, np.generic) else str(v)))
+def _known_pairs(pairs: list[dict], # metadata of each pair
+                 target: str        # key of its known correlation
+                ) -> list[dict]:    # the same in plain JSON values, titles cleaned
+    "Metadata of known training pairs; `PairError` names all rows that cannot be used and the reasons"
+    checked = check_pairs(pairs, target)
+    if len(checked) < len(pairs): raise PairError(['inactive rows have no place in an index: leave them and their vectors out'])
+    if (other := checked.get('split', pd.Series('train', checked.index)) != 'train').any():
+        raise PairError([f'row {i + 1} (id {checked.id[i]}): a row of the {checked.split[i]} split; the index holds training rows only'
+                         for i in checked.index[other]])
+    rows = checked.astype(object).where(checked.notna(), None).to_dict('records')
+    return json.loads(json.dumps(rows, default=lambda v: v.item() if isinstance(v, np.generic) else str(v)))
 
 # %% ../nbs/09_rag.ipynb #91925d56
 class SemanticRAG:
@@ -76,7 +73,7 @@ def build_index(self: SemanticRAG,
     vectors = _check_vectors(embeddings, 'embeddings')
     if len(vectors) != len(metadata): raise ValueError(f'{len(vectors)} embeddings but {len(metadata)} rows of metadata')
     if not len(vectors): raise ValueError('no pairs to index: embeddings and metadata have zero rows')
-    metadata = [_check_pair(i, m, target) for i, m in enumerate(metadata)]
+    metadata = _known_pairs(metadata, target)
     fingerprint = json.loads(json.dumps({**(fingerprint or {}), 'target': target}))
     index = faiss.IndexFlatL2(vectors.shape[1])
     index.add(vectors)
@@ -283,7 +280,7 @@ def rows_fingerprint(rows: pd.DataFrame,  # of a pairs frame
     "Short hash of ids, titles and target of the rows, in whatever order"
     return content_hash(rows[['id', 'contract_a_title', 'contract_b_title', target]].astype(str).sort_values('id').values.tolist())
 
-# %% ../nbs/09_rag.ipynb #e3a310a0
+# %% ../nbs/09_rag.ipynb #9cec2504
 class PairRetriever:
     "Similar training pairs of a pair of titles"
     def __init__(self,
@@ -297,25 +294,6 @@ class PairRetriever:
         self.rag, self.model, self.tokenizer = rag, model, tokenizer
         self.center, self.layers, self.cache_dir = center, list(layers), cache_dir
 
-    @classmethod
-    def build(cls, pairs: pd.DataFrame,  # with `split`; rows that are not 'train' are left out
-              target: str, model, tokenizer, layers: list[int]=(-1,), cache_dir: Path|None=None):
-        "Embed the contracts of the training rows and index their pairs"
-        train = pairs[pairs.split == 'train'] if len(pairs) else pairs
-        if not len(train): raise ValueError('no training rows to index')
-        titles = sorted(set(train.contract_a_title) | set(train.contract_b_title))
-        self = cls(SemanticRAG(), model, tokenizer, None, layers, cache_dir)
-        self.center = self._pooled(titles).mean(1)
-        columns = [c for c in ('id', 'contract_a_title', 'contract_b_title', 'split', target) if c in train]
-        self.rag.build_index(self.vectors(train), train[columns].to_dict('records'), target,
-                             self._fingerprint(model, list(layers), target, train))
-        return self
-
-    @staticmethod
-    def _fingerprint(model, layers, target, train) -> dict:
-        "What the vectors and values of an index depend on"
-        return dict(model=model_fingerprint(model), base_model=model.config.name_or_path, layers=layers, rows=rows_fingerprint(train, target))
-
     def _pooled(self, titles: list[str]) -> np.ndarray:    # (n_layers, n, hidden)
         "Mean hidden states of each title"
         return np.stack([embed_texts(self.model, self.tokenizer, titles, layer, cache_dir=self.cache_dir) for layer in self.layers])
@@ -328,29 +306,28 @@ class PairRetriever:
 
     def _repr_html_(self): return self.rag._repr_html_()
 
+# %% ../nbs/09_rag.ipynb #96d834a2
+@patch(cls_method=True)
+def build(cls: PairRetriever, pairs: pd.DataFrame,  # with `split`; rows that are not 'train' are left out
+          target: str, model, tokenizer, layers: list[int]=(-1,), cache_dir: Path|None=None):
+    "Embed the contracts of the training rows and index their pairs"
+    train = pairs[pairs.split == 'train'] if len(pairs) else pairs
+    if not len(train): raise ValueError('no training rows to index')
+    titles = sorted(set(train.contract_a_title) | set(train.contract_b_title))
+    self = cls(SemanticRAG(), model, tokenizer, None, layers, cache_dir)
+    self.center = self._pooled(titles).mean(1)
+    columns = [c for c in ('id', 'contract_a_title', 'contract_b_title', 'split', target) if c in train]
+    self.rag.build_index(self.vectors(train), train[columns].to_dict('records'), target,
+                         dict(model=model_fingerprint(model), base_model=model.config.name_or_path, layers=self.layers,
+                              rows=rows_fingerprint(train, target)))
+    return self
+
 # %% ../nbs/09_rag.ipynb #e3130f4f
 @patch
 def neighbours(self: PairRetriever, pairs: pd.DataFrame, k: int=5) -> tuple[list[list[dict]], list[np.ndarray]]:
     "Similar training pairs of each pair, nearest first, and squared distances; never the pair itself, its swap or the same texts"
     own = [pair_key(a, b) for a, b in zip(pairs.contract_a_title, pairs.contract_b_title)]
     return self.rag.search_many(self.vectors(pairs), k, exclude=own)
-
-# %% ../nbs/09_rag.ipynb #c8270759
-@patch
-def save(self: PairRetriever, folder: str|Path) -> Path:
-    "Write index and centre as one folder"
-    with atomic_dir(folder) as tmp:
-        self.rag.save(tmp/'pairs')
-        np.save(tmp/'center.npy', self.center, allow_pickle=False)
-    return Path(folder)
-
-@patch(cls_method=True)
-def load(cls: PairRetriever, folder: str|Path, model, tokenizer, cache_dir: Path|None=None, expect: dict|None=None):
-    "Read what `save` wrote; ValueError naming the field if the index was made with another model or other rows"
-    folder = Path(folder)
-    if not (folder/'center.npy').exists(): raise FileNotFoundError(f'{folder} holds no index: center.npy is missing')
-    rag = SemanticRAG().load(folder/'pairs', expect=dict(model=model_fingerprint(model), **(expect or {})))
-    return cls(rag, model, tokenizer, np.load(folder/'center.npy', allow_pickle=False), rag.fingerprint['layers'], cache_dir)
 
 # %% ../nbs/09_rag.ipynb #7ef26587
 @patch
@@ -372,3 +349,20 @@ def training_neighbours(self: PairRetriever,
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', r'only \d+ of \d+ neighbours')     # hiding leaves fewer
         return self.rag.search_many(self.vectors(rows), k, exclude=[{key}.union(*(known[g] for g in h)) for key, h in zip(own, hidden)])
+
+# %% ../nbs/09_rag.ipynb #c8270759
+@patch
+def save(self: PairRetriever, folder: str|Path) -> Path:
+    "Write index and centre as one folder"
+    with atomic_dir(folder) as tmp:
+        self.rag.save(tmp/'pairs')
+        np.save(tmp/'center.npy', self.center, allow_pickle=False)
+    return Path(folder)
+
+@patch(cls_method=True)
+def load(cls: PairRetriever, folder: str|Path, model, tokenizer, cache_dir: Path|None=None, expect: dict|None=None):
+    "Read what `save` wrote; ValueError naming the field if the index was made with another model or other rows"
+    folder = Path(folder)
+    if not (folder/'center.npy').exists(): raise FileNotFoundError(f'{folder} holds no index: center.npy is missing')
+    rag = SemanticRAG().load(folder/'pairs', expect=dict(model=model_fingerprint(model), **(expect or {})))
+    return cls(rag, model, tokenizer, np.load(folder/'center.npy', allow_pickle=False), rag.fingerprint['layers'], cache_dir)

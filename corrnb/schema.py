@@ -46,6 +46,7 @@ def _says(comment: str, **limits):
     "A column with a comment, which PostgreSQL keeps too, and the limits (as pydantic's `Field` calls them) of values that come in"
     return mapped_column(comment=comment, info=limits)
 
+# %% ../nbs/01_schema.ipynb #571380ca
 class ContractCorrelation(Base):
     "One pair of contracts with what is known about their correlation"
     __tablename__ = 'contract_correlations'
@@ -173,9 +174,9 @@ _ADVICE = {'statement timeout': "A statement may take ten minutes; set PGOPTIONS
            'ON CONFLICT': 'Rows are updated by their key, so the table needs it as primary key or unique index.',
            'permission denied': 'The database user needs the right to SELECT, and to INSERT and UPDATE where rows are written.'}
 
-def _statement_error(url: sa.URL, error: sa.exc.DBAPIError) -> Exception:
+def _statement_error(url: sa.URL, error: Exception) -> Exception:
     "What went wrong with a statement and what to do; no secret"
-    reason = _scrub(str(error.orig), url)
+    reason = _scrub(str(getattr(error, 'orig', error)), url)
     text = f'{_place(url)}: {reason}. Nothing was written.'
     if advice := [a for word, a in _ADVICE.items() if word in reason]: return RuntimeError(f'{text} {advice[0]}')
     if isinstance(error, (sa.exc.OperationalError, sa.exc.InterfaceError)):
@@ -187,7 +188,7 @@ def _explained(f):
     @wraps(f)
     def wrapped(engine, *args, **kwargs):
         try: return f(engine, *args, **kwargs)
-        except sa.exc.DBAPIError as e: error = _statement_error(engine.url, e)
+        except (sa.exc.StatementError, OverflowError, UnicodeError) as e: error = _statement_error(engine.url, e)
         raise error  # outside of `except`: no chain back to the driver's exception
     return wrapped
 
@@ -231,6 +232,7 @@ def _as_user(programs: str, folder: Path):
     for path in folder, *folder.iterdir(): os.chown(path, user.pw_uid, user.pw_gid)
     return dict(cwd=folder, env=env, user=user.pw_uid, group=user.pw_gid, extra_groups=[])
 
+# %% ../nbs/01_schema.ipynb #0d727a24
 @contextmanager
 def temporary_server():
     "A `Server` of this process alone, gone at the end of the block or of the process"
@@ -255,6 +257,7 @@ def temporary_server():
         guard.wait()
         shutil.rmtree(folder, ignore_errors=True)  # where the server's user may not remove it
 
+# %% ../nbs/01_schema.ipynb #934843b2
 @contextmanager
 def test_server():
     "The `Server` of CORRNB_TEST_DB_URL, else a temporary one; `SkipTest` where there is neither"
@@ -290,16 +293,21 @@ def _truth(value) -> bool:
     if value not in (0, 1): raise ValueError(f'{value!r} is neither true nor false')
     return bool(value)
 
+def _stored(values: pd.Series, kind: sa.types.TypeEngine) -> pd.Series:
+    "A column as the values that a type of the table expects"
+    if isinstance(kind, UtcDateTime) and not pd.api.types.is_datetime64_any_dtype(values):
+        return pd.to_datetime(values, utc=True, format='ISO8601')
+    if isinstance(kind, sa.JSON): return values.map(lambda v: json.loads(v) if isinstance(v, str) else v)
+    if isinstance(kind, sa.Text): return values.map(str, na_action='ignore')
+    return values.map(_truth, na_action='ignore') if isinstance(kind, sa.Boolean) else values
+
 def _records(table: sa.Table, frame: pd.DataFrame) -> list[dict]:
     "Rows of the frame as the values that the table's types expect"
     columns = {}
     for name, values in frame.items():
-        kind = table.c[name].type
-        if isinstance(kind, UtcDateTime):
-            values = values if pd.api.types.is_datetime64_any_dtype(values) else pd.to_datetime(values, utc=True, format='ISO8601')
-        if isinstance(kind, sa.JSON): values = values.map(lambda v: json.loads(v) if isinstance(v, str) else v)
-        if isinstance(kind, sa.Text): values = values.map(str, na_action='ignore')
-        if isinstance(kind, sa.Boolean): values = values.map(_truth, na_action='ignore')
+        try: values = _stored(values, table.c[name].type)
+        except (ValueError, TypeError) as e:
+            raise ValueError(f'{table.name}.{name}: {str(e).split(". You might")[0]}. Nothing was written.') from None
         columns[name] = values.astype(object).where(values.notna(), None)
     return pd.DataFrame(columns, dtype=object).to_dict('records')
 
