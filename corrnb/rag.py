@@ -11,6 +11,8 @@ import hashlib, html, json, warnings
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastcore.basics import patch
+from scipy.sparse import csr_array
+from scipy.special import softmax
 from .config import atomic_dir, content_hash
 from .data import PairError, check_pairs, contract_groups, pair_key
 from .embeddings import embed_texts, normalize, pair_vectors
@@ -236,19 +238,18 @@ def neighbour_arrays(neighbours: list[list[dict]],  # of each query, as from `se
 def neighbour_distribution(values,            # (..., k) known correlations of the neighbours
                            distances,         # (..., k) their squared L2 distances; infinity: no such neighbour
                            grid_values,       # (g,) possible answers
-                           bandwidth=0.1,     # standard deviation of the kernels, in correlation; one, or (..., k)
+                           bandwidth: float=0.1,  # standard deviation of the kernels, in correlation
                            temperature: float=1. # see `neighbour_weights`
                           ) -> np.ndarray:    # (..., g) probabilities, sum 1
     "Kernel-smoothed distribution of the neighbours' correlations on the grid; ValueError on NaN or shapes that differ"
-    values, grid = np.asarray(values, dtype=float), np.asarray(grid_values, dtype=float)
-    bandwidth = np.asarray(bandwidth, dtype=float)[..., None]
-    weights = neighbour_weights(distances, temperature)
+    values, grid, weights = np.asarray(values, dtype=float), np.asarray(grid_values, dtype=float), neighbour_weights(distances, temperature)
     if values.shape != weights.shape: raise ValueError(f'values have shape {values.shape}, distances {weights.shape}')
     if not np.isfinite(values[weights > 0]).all(): raise ValueError('values hold NaN or infinity')
-    if not (bandwidth > 0).all(): raise ValueError('bandwidth must be positive')
-    logits = -.5 * ((grid - np.where(weights > 0, values, 0)[..., None]) / bandwidth)**2  # (..., k, g)
-    kernels = np.exp(logits - logits.max(-1, keepdims=True))
-    return (weights[..., None] * kernels / kernels.sum(-1, keepdims=True)).sum(-2)
+    if not bandwidth > 0: raise ValueError(f'bandwidth must be positive, got {bandwidth}')
+    known, which = np.unique(np.where(weights > 0, values, 0), return_inverse=True)     # a known pair is the neighbour of many
+    kernels, k = softmax(-.5 * ((grid - known[:, None]) / bandwidth)**2, -1), values.shape[-1]
+    spread = csr_array((weights.ravel(), which.ravel(), np.arange(0, weights.size + 1, k)), shape=(weights.size // k, len(known)))
+    return (spread @ kernels).reshape(*values.shape[:-1], len(grid))
 
 # %% ../nbs/09_rag.ipynb #dd2719ce
 def plot_neighbour_distribution(values,            # (k,) known correlations of the neighbours
