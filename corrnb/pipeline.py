@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WIDGET', 'REPORTS', 'input_digests', 'library_hash', 'run_name', 'stage_key', 'scrub', 'write_report',
-           'execute_stage', 'run_folder', 'write_params', 'read_marker', 'forget', 'every_second', 'run_stage',
-           'loading_seconds', 'print_summary', 'checked_name', 'run_pipeline', 'tracking', 'training_cost', 'find_run',
-           'evaluate_run', 'Run']
+           'execute_stage', 'run_folder', 'write_params', 'read_marker', 'is_current', 'forget', 'every_second',
+           'run_stage', 'loading_seconds', 'print_summary', 'checked_name', 'run_pipeline', 'tracking', 'training_cost',
+           'find_run', 'evaluate_run', 'Run']
 
 # %% ../nbs/15_pipeline.ipynb #de728b22
 import hashlib, html, json, os, platform, re, resource, shutil, subprocess, sys, threading, time
@@ -202,6 +202,14 @@ def read_marker(folder: Path, stage: str) -> dict|None:
     "What a finished stage has left, None if it has not finished"
     return _read_json(folder/'stages'/f'{stage}.json') or None
 
+def is_current(
+    stage: Stage, params: dict, digests: dict[str, str],
+    folder: Path   # run folder
+) -> bool:
+    "Has this stage finished in the folder, with these parameters and inputs and after the same stages?"
+    i, done = STAGES.index(stage.name), read_marker(folder, stage.name)
+    return done is not None and done['key'] == stage_key(stage, params, digests, read_marker(folder, STAGES[i-1]) if i else None)
+
 def forget(folder: Path, stages: tuple[str, ...]):
     "Remove the markers of stages, and the results with that of the last"
     results = ['metrics.json', 'metrics.txt', 'predictions.parquet', 'report.html'] if 'evaluate' in stages else []
@@ -213,8 +221,7 @@ def _forget_outdated(
 ):
     "Forget the first of these stages that was made with other parameters, and all after it"
     for stage in later:
-        i, done = STAGES.index(stage.name), read_marker(folder, stage.name)
-        if done is None or done['key'] != stage_key(stage, params, digests, read_marker(folder, STAGES[i-1])): return forget(folder, STAGES[i:])
+        if not is_current(stage, params, digests, folder): return forget(folder, STAGES[STAGES.index(stage.name):])
 
 # %% ../nbs/15_pipeline.ipynb #219c1824
 @contextmanager
@@ -387,15 +394,16 @@ def evaluate_run(
 # %% ../nbs/15_pipeline.ipynb #e3ee5f21
 class Run:
     "A run folder, shown as a summary of what it holds so far"
-    def __init__(self, folder: str|Path): self.folder = Path(folder).resolve()
+    def __init__(self, folder: str|Path): self.folder = Path(folder)
 
     def summary(self) -> dict[str, str]:
         "What there is to say, by title"
         saved, markers = _read_json(self.folder/'params.json'), {s: m for s in STAGES if (m := read_marker(self.folder, s))}
         done = ', '.join(f"{name} {m['seconds']:.1f} s" for name, m in markers.items())
         report = self.folder/REPORTS['evaluate']
-        found = {'profile': saved.get('profile'), 'stages done': done or 'none', 'not the default': self._changed(saved, markers),
-                 'test rows': self._figures(_read_json(self.folder/'metrics.json')), 'report': os.path.relpath(report) if report.exists() else None}
+        found = {'run': self.folder.resolve().name, 'profile': saved.get('profile'), 'stages done': done or 'none',
+                 'not the default': self._changed(saved, markers), 'test rows': self._figures(_read_json(self.folder/'metrics.json')),
+                 'report': str(report) if report.exists() else None}
         return {title: text for title, text in found.items() if text}
 
     def _changed(self, saved: dict, markers: dict) -> str:
@@ -408,12 +416,13 @@ class Run:
     def _figures(self, metrics: dict) -> str:
         "Metrics of the model and of the best baseline"
         test, best = metrics.get('test', {}), metrics.get('best_baseline')
-        said = {title: ', '.join(f'{f} {test[m][k]:.3f}' for f, k in (('MAE', 'mae'), ('R2', 'r2')) if test[m][k] is not None)
-                for title, m in (('model', 'model'), (f'best baseline ({best})', best)) if m in test}
-        return '; '.join(f'{title}: {figures}' for title, figures in said.items())
+        found = {title: test[m] for title, m in (('model', 'model'), (f'best baseline ({best})', best)) if m in test}
+        r2 = {title: '' if m['r2'] is None else f", R2 {m['r2']:.3f}" for title, m in found.items()}
+        judged = [f"{m['n']} rows, {m.get('note')}" if m.get('note') else f"{m['n']} rows" for m in found.values()][:1]
+        return '; '.join([f"{title}: MAE {m['mae']:.3f}{r2[title]}" for title, m in found.items()] + judged)
 
-    def __repr__(self): return '\n'.join([self.folder.name, *(f'{title:17}{text}' for title, text in self.summary().items())])
+    def __repr__(self): return '\n'.join(f'{title:17}{text}' for title, text in self.summary().items())
 
     def _repr_html_(self):
-        rows = (f'<tr><th style="text-align: left">{title}</th><td style="text-align: left">{html.escape(text)}</td></tr>' for title, text in self.summary().items())
-        return f"<b>{html.escape(self.folder.name)}</b><table>{''.join(rows)}</table>"
+        rows = (f'<tr><th>{title}</th><td style="text-align: left">{html.escape(text)}</td></tr>' for title, text in self.summary().items())
+        return f"<table>{''.join(rows)}</table>"

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from .config import Settings, atomic_write, content_hash
 from .parameters import (FILES, STAGES, Parameter, ParameterError, PipelineError, Stage, all_parameters, check_value, load_stages, parse_value,
                                read_profile, read_stage, resolve_parameters, stage_folder)
-from .pipeline import (REPORTS, checked_name, every_second, execute_stage, forget, input_digests, read_marker, run_folder, run_name, run_stage,
-                             stage_key, write_params)
+from .pipeline import (REPORTS, checked_name, every_second, execute_stage, forget, input_digests, is_current, read_marker, run_folder, run_name, run_stage,
+                             write_params)
 
 # %% ../nbs/16_sweeps.ipynb #857b9f06
 def sweep_values(
@@ -117,11 +117,8 @@ def run_combination(
 
 def is_done(run: Combination, sweep: Sweep) -> bool:
     "Is there nothing left to do for this combination?"
-    own, before = sweep.folder/'runs'/run.name, None
-    for stage in sweep.stages:
-        done = read_marker(own, stage.name)
-        if done is None or done['key'] != stage_key(stage, run.params, sweep.digests, before): return False
-        before = done
+    own = sweep.folder/'runs'/run.name
+    if not all(is_current(stage, run.params, sweep.digests, own) for stage in sweep.stages): return False
     return read_marker(own, 'index')['data'] == read_marker(sweep.base(run.params), 'index')['data']
 
 def _prepare_bases(runs: list[Combination], sweep: Sweep):
