@@ -42,7 +42,8 @@ def _shared() -> list[argparse.ArgumentParser]:
     inputs.add_argument('--target', metavar='COLUMN', help='column to predict')
     inputs.add_argument('--name', help='name of the run folder (default: the profile and a hash of parameters and files)')
     inputs.add_argument('--fresh', action='store_true', help='run every stage, in an emptied folder')
-    settable.add_argument('-p', dest='parameter', nargs='+', action='append', metavar=('NAME', 'VALUE'), help='set a parameter; may be repeated')
+    settable.add_argument('-p', dest='parameter', nargs='+', action='append', metavar=('NAME', 'VALUE'),
+                          help='set a parameter; may be repeated')
     places.add_argument('--runs-dir', default='runs', metavar='DIR', help='where run folders are (default: runs)')
     places.add_argument('--verbose', action='store_true', help='show what the notebooks print, and where an error came from')
     return parsers
@@ -100,7 +101,8 @@ def _parser(epilog: str = ''):
     command('run', 'prepare the pairs, build the index, train and evaluate', _run, inputs, settable, places, upto='evaluate')
     command('index', 'only as far as the index', _run, inputs, settable, places, upto='index')
     command('train', 'only as far as the trained model', _run, inputs, settable, places, upto='train')
-    option = command('sweep', 'train and evaluate every combination of values, such as -p seed 1,2,3, and compare', _sweep, inputs, settable, places)
+    option = command('sweep', 'train and evaluate every combination of values, such as -p seed 1,2,3, and compare', _sweep,
+                     inputs, settable, places)
     option('--workers', type=int, default=1, metavar='N', help='runs at a time, with Ray (default: 1, without)')
     option = command('evaluate', 'evaluate a trained run again, with other settings', _evaluate, settable, places)
     option('--model', metavar='DIR', help='run folder or its model folder (default: the newest run)')
@@ -124,7 +126,8 @@ def main(
     "The command `corrnb`"
     argv = sys.argv[1:] if argv is None else argv
     try:
-        parser = _parser(_parameter_table(notebooks) if {'-h', '--help'} & set(argv[1:]) and argv[0] not in ('compare', 'predict', 'label') else '')
+        table = {'-h', '--help'} & set(argv[1:]) and argv[0] not in ('compare', 'predict', 'label')
+        parser = _parser(_parameter_table(notebooks) if table else '')
         args = parser.parse_args(argv)
         args.do(args, _given(parser, args) if hasattr(args, 'parameter') else {}, notebooks)
         return 0

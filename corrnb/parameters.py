@@ -164,7 +164,8 @@ def toy_stages(
     metrics = '{"test": {"model": {"n": 9, "mae": 0.12, "r2": 0.6}, "knn": {"n": 9, "mae": 0.15, "r2": 0.5}}, "best_baseline": "knn"}'
     toy_stage(folder, 'prepare', 'pairs: str = "demo"  # demo, database or a file\nlimit: int = 0  # rows, 0: all',
               head + '(run/"pairs.parquet").write_text(f"{pairs} {limit}")')
-    toy_stage(folder, 'index', 'k: int = 5  # neighbours', head + '(run/"index.txt").write_text((run/"pairs.parquet").read_text() + f" k={k}")')
+    toy_stage(folder, 'index', 'k: int = 5  # neighbours',
+              head + '(run/"index.txt").write_text((run/"pairs.parquet").read_text() + f" k={k}")')
     toy_stage(folder, 'train', 'k: int = 5  # neighbours\nlearning_rate: float = 2e-4  # step size\nfail: bool = False  # for the tests',
               head + 'if fail: raise ValueError("row 7: |rho| > 1")\n(run/"model").mkdir(exist_ok=True)')
     toy_stage(folder, 'evaluate', 'k: int = 5  # neighbours\nuse_rag: bool = True  # with neighbours\nsamples: int = 0  # rows, 0: all',

@@ -85,7 +85,8 @@ class _ScrubbedFiles:
     def write(self, text, path):
         nb = json.loads(text)
         for cell in nb['cells']:
-            if 'outputs' in cell: cell['outputs'] = _scrub_tree([o for o in cell['outputs'] if WIDGET not in o.get('data', {})], self.secrets)
+            outputs = [o for o in cell.get('outputs', []) if WIDGET not in o.get('data', {})]
+            if cell['cell_type'] == 'code': cell['outputs'] = _scrub_tree(outputs, self.secrets)
         nb['metadata'].pop('widgets', None)
         atomic_write(path, json.dumps(nb, indent=1, ensure_ascii=False) + '\n')
 
@@ -394,7 +395,9 @@ def evaluate_run(
 # %% ../nbs/15_pipeline.ipynb #e3ee5f21
 class Run:
     "A run folder, shown as a summary of what it holds so far"
-    def __init__(self, folder: str|Path): self.folder = Path(folder)
+    def __init__(
+        self, folder: str|Path   # finished or not
+    ): self.folder = Path(folder)
 
     def summary(self) -> dict[str, str]:
         "What there is to say, by title"
@@ -417,9 +420,8 @@ class Run:
         "Metrics of the model and of the best baseline"
         test, best = metrics.get('test', {}), metrics.get('best_baseline')
         found = {title: test[m] for title, m in (('model', 'model'), (f'best baseline ({best})', best)) if m in test}
-        r2 = {title: '' if m['r2'] is None else f", R2 {m['r2']:.3f}" for title, m in found.items()}
-        judged = [f"{m['n']} rows, {m.get('note')}" if m.get('note') else f"{m['n']} rows" for m in found.values()][:1]
-        return '; '.join([f"{title}: MAE {m['mae']:.3f}{r2[title]}" for title, m in found.items()] + judged)
+        said = [f"{title}: MAE {m['mae']:.3f}" + ('' if m['r2'] is None else f", R2 {m['r2']:.3f}") for title, m in found.items()]
+        return '; '.join(said + [', '.join(filter(None, [f"{m['n']} rows", m.get('note')])) for m in found.values()][:1])
 
     def __repr__(self): return '\n'.join(f'{title:17}{text}' for title, text in self.summary().items())
 

@@ -19,10 +19,10 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 from .config import Settings, atomic_write, content_hash
-from .parameters import (FILES, STAGES, Parameter, ParameterError, PipelineError, Stage, all_parameters, check_value, load_stages, parse_value,
-                               read_profile, read_stage, resolve_parameters, stage_folder)
-from .pipeline import (REPORTS, checked_name, every_second, execute_stage, forget, input_digests, is_current, read_marker, run_folder, run_name, run_stage,
-                             write_params)
+from .parameters import (FILES, STAGES, Parameter, ParameterError, PipelineError, Stage, all_parameters, check_value, load_stages,
+                               parse_value, read_profile, read_stage, resolve_parameters, stage_folder)
+from .pipeline import (REPORTS, checked_name, every_second, execute_stage, forget, input_digests, is_current, read_marker, run_folder,
+                             run_name, run_stage, write_params)
 
 # %% ../nbs/16_sweeps.ipynb #857b9f06
 def sweep_values(
