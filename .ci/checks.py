@@ -285,7 +285,7 @@ def shell_lines(text):
 
 def commands_exist():
     "Every corrnb and make command on a page is one"
-    from corrnb.pipeline import _parser
+    from corrnb.cli import _parser
     targets, wrong = set(re.findall(r'(?m)^([a-z-]+):', (root/'Makefile').read_text())), []
     pages = [p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts]
     for page in pages:
