@@ -222,17 +222,20 @@ def kill_launch(run, command):
     psutil.wait_procs(family)
 
 def two_processes_train():
-    "The train stage under `accelerate launch` with two processes, killed and launched again, gives the losses of one process"
+    "The train stage under `accelerate launch` with two processes (DDP), killed and continued with weights spread over them (FSDP), gives the losses of one process"
     if not demo_metrics: raise SkipTest('the run of one process failed')
+    def launch(*way):
+        return (bin/'accelerate', 'launch', *way, '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
+                '-m', 'corrnb.launch', run)
     with tempfile.TemporaryDirectory() as tmp:
         same = ('--profile', 'tiny', '-p', 'per_device_train_batch_size', '4', '--runs-dir', tmp, '--name', 'two')     # twice 4 rows are the profile's 8
+        run = Path(tmp)/'two'
         call(bin/'corrnb', 'index', *same)
-        launch = (bin/'accelerate', 'launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
-                  '-m', 'corrnb.launch', Path(tmp)/'two')
-        kill_launch(Path(tmp)/'two', launch)
-        call(*launch)
+        kill_launch(run, launch('--multi_gpu'))
+        call(*launch('--use_fsdp', '--fsdp_version', '2'))
+        assert 'FSDP: each of 2 processes' in (run/'train.ipynb').read_text(), 'the weights were not spread'
         assert call(bin/'corrnb', 'run', *same).count('unchanged, skipped') == 3, 'the launched training did not count'
-        gap = difference(demo_metrics, read_metrics(Path(tmp)/'two'))
+        gap = difference(demo_metrics, read_metrics(run))
     assert gap <= 1e-4, f'two processes gave other metrics, by {gap:.2g}'
 
 def h100_benchmark_runs():

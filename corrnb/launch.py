@@ -9,7 +9,8 @@ __all__ = ['train_together', 'main']
 import json, os, sys, tempfile
 from pathlib import Path
 import nbformat
-from .pipeline import PipelineError, Stage, execute_stage, load_stages, read_marker, resolve_parameters, run_folder, run_stage, stage_key
+from .pipeline import (PipelineError, Stage, execute_stage, load_stages, read_marker, resolve_parameters, run_folder, run_stage,
+                             stage_key)
 
 # %% ../nbs/15_launch.ipynb #5aa41008
 def _until_trained(stage: Stage, folder: str|Path) -> Stage:
@@ -51,9 +52,15 @@ def train_together(run_dir: str|Path,      # run folder whose index is made
         execute_stage(_until_trained(stage, d), params, own)
 
 # %% ../nbs/15_launch.ipynb #6b6da895
+def _own_fsdp():
+    "With `accelerate launch --use_fsdp` the trainer spreads the weights, not Accelerate"
+    if os.environ.pop('ACCELERATE_USE_FSDP', '').lower() == 'true': os.environ['CORRNB_FSDP'] = '1'
+
+# %% ../nbs/15_launch.ipynb #3f1c9e69
 def main():
     "`python -m corrnb.launch RUN_FOLDER`, under `accelerate launch`"
-    if len(sys.argv) != 2: sys.exit('usage: accelerate launch --multi_gpu --num_processes N -m corrnb.launch RUN_FOLDER')
+    if len(sys.argv) != 2: sys.exit('usage: accelerate launch --multi_gpu --num_processes N -m corrnb.launch RUN_FOLDER (or --use_fsdp)')
+    _own_fsdp()
     try: train_together(sys.argv[1])
     except PipelineError as e: sys.exit(f'error: {e}')
 

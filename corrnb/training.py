@@ -456,6 +456,8 @@ class ShardedBlocks(TrainerCallback):
         known = {id(p): p if p in adapter else torch.nn.Parameter(p.to('meta'), requires_grad=False) for p in blocks.parameters()}
         self.empty = deepcopy(blocks, known)
         for block in blocks: fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=adapter)
+        n, here = (sum(getattr(p, kind, p).numel() for p in model.parameters()) for kind in ('data', '_local_tensor'))
+        if state.is_world_process_zero: print(f'FSDP: each of {args.world_size} processes holds {here/n:.0%} of the weights while they train')
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         "Put plain blocks with the whole weights in place of the spread ones"
