@@ -222,27 +222,36 @@ def kill_launch(run, command):
     psutil.wait_procs(family)
 
 def two_processes_train():
-    "The train stage under `accelerate launch` with two processes, killed and launched again, gives the losses of one process"
+    "The train stage under `accelerate launch` with two processes (DDP), killed and continued with weights spread over them (FSDP), gives the losses of one process"
     if not demo_metrics: raise SkipTest('the run of one process failed')
+    def launch(*way):
+        return (bin/'accelerate', 'launch', *way, '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
+                '-m', 'corrnb.launch', run)
     with tempfile.TemporaryDirectory() as tmp:
         same = ('--profile', 'tiny', '-p', 'per_device_train_batch_size', '4', '--runs-dir', tmp, '--name', 'two')     # twice 4 rows are the profile's 8
+        run = Path(tmp)/'two'
         call(bin/'corrnb', 'index', *same)
-        launch = (bin/'accelerate', 'launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
-                  '-m', 'corrnb.launch', Path(tmp)/'two')
-        kill_launch(Path(tmp)/'two', launch)
-        call(*launch)
+        kill_launch(run, launch('--multi_gpu'))
+        call(*launch('--use_fsdp', '--fsdp_version', '2'))
+        assert 'FSDP: each of 2 processes' in (run/'train.ipynb').read_text(), 'the weights were not spread'
         assert call(bin/'corrnb', 'run', *same).count('unchanged, skipped') == 3, 'the launched training did not count'
-        gap = difference(demo_metrics, read_metrics(Path(tmp)/'two'))
+        gap = difference(demo_metrics, read_metrics(run))
     assert gap <= 1e-4, f'two processes gave other metrics, by {gap:.2g}'
 
 def h100_benchmark_runs():
-    "The benchmark of the H100 with a tiny model on a CPU: every kind of part leaves its figures"
+    "The benchmark of the H100 with a tiny model on a CPU: every kind of part leaves its figures, and typed again it measures nothing"
     with tempfile.TemporaryDirectory() as tmp:
-        call(sys.executable, root/'nbs/benchmarks/h100.py', tmp, '--tiny', 'weights', 'nf4', 'merged')
-        found = {f['what']: f['value'] for p in Path(tmp).glob('*.json') for f in json.loads(p.read_text())}
-    wanted = ('load NF4 from the cache', 'hybrid training at 16 rows, nf4', 'rows evaluated, nf4', 'one query, p50, nf4', 'one query, p50, merged')
-    missing = [what for what in wanted if not found.get(what)]
+        command = (sys.executable, root/'nbs/benchmarks/h100.py', tmp, '--tiny', '--minutes', '60', 'nf4', 'merged', 'trl')
+        call(*command)
+        before = {p.name: p.read_bytes() for p in Path(tmp).glob('*.json')}
+        call(*command)
+        assert before == {p.name: p.read_bytes() for p in Path(tmp).glob('*.json')}, 'it measured again what it had'
+        found = {f['what']: f for text in before.values() for f in json.loads(text)['figures']}
+    wanted = ('hybrid training at 16 rows, nf4', 'rows evaluated, nf4', 'one query, p50, nf4', 'one query, p50, merged')
+    missing = [what for what in wanted if not found.get(what, {}).get('value')]
     assert not missing and any(what.startswith('whole training') for what in found), f"no figures: {', '.join(missing)}"
+    trl = found['corrnb / TRL, tokens/s']      # a figure, or the reason why there is none
+    assert trl['value'] or 'pip install trl' in trl['note'], trl
 
 def execute(notebook, **parameters):
     "Run a page's cells from top to bottom as papermill does, SkipTest where it asks for what this machine lacks"

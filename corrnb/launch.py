@@ -32,7 +32,18 @@ def _mirror(run: Path, own: Path):
     (run/'checkpoints').mkdir(exist_ok=True)
     for name in ('pairs.parquet', 'index', 'checkpoints'): (own/name).symlink_to(run/name)
 
-# %% ../nbs/17_launch.ipynb #e65b229c
+# %% ../nbs/17_launch.ipynb #6b6da895
+def _own_fsdp():
+    "With `accelerate launch --use_fsdp` the trainer spreads the weights, not Accelerate"
+    if os.environ.pop('ACCELERATE_USE_FSDP', '').lower() == 'true': os.environ['CORRNB_FSDP'] = '1'
+
+# %% ../nbs/17_launch.ipynb #c6f7cf91
+def _check_fsdp(params: dict):
+    "PipelineError for weights that FSDP does not take"
+    if os.environ.get('CORRNB_FSDP') and params['use_4bit']:
+        raise PipelineError('FSDP spreads bf16 weights, not NF4: launch without --use_fsdp, or make the index with `-p use_4bit false`')
+
+# %% ../nbs/17_launch.ipynb #c2d1888d
 def train_together(run_dir: str|Path,      # run folder whose index is made
                    rank: int|None=None     # of this process; None: as `accelerate launch` says
                   ):
@@ -42,6 +53,7 @@ def train_together(run_dir: str|Path,      # run folder whose index is made
     saved, stages = json.loads((folder/'params.json').read_text()), load_stages()
     stage, known = stages[2], {n for s in stages for n in s.parameters}
     params = resolve_parameters(stages, {n: v for n, v in saved['parameters'].items() if n in known})
+    _check_fsdp(params)
     if rank == 0:
         with run_folder(folder): return run_stage(stage, params, saved['inputs'], folder)
     done = read_marker(folder, stage.name)     # gone or another before the first process begins to train, and it waits for this one
@@ -51,10 +63,11 @@ def train_together(run_dir: str|Path,      # run folder whose index is made
         _mirror(folder, own)
         execute_stage(_until_trained(stage, d), params, own)
 
-# %% ../nbs/17_launch.ipynb #6b6da895
+# %% ../nbs/17_launch.ipynb #3f1c9e69
 def main():
     "`python -m corrnb.launch RUN_FOLDER`, under `accelerate launch`"
-    if len(sys.argv) != 2: sys.exit('usage: accelerate launch --multi_gpu --num_processes N -m corrnb.launch RUN_FOLDER')
+    if len(sys.argv) != 2: sys.exit('usage: accelerate launch --multi_gpu --num_processes N -m corrnb.launch RUN_FOLDER (or --use_fsdp)')
+    _own_fsdp()
     try: train_together(sys.argv[1])
     except PipelineError as e: sys.exit(f'error: {e}')
 

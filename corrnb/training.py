@@ -4,19 +4,24 @@
 
 # %% auto #0
 __all__ = ['TrainingConfig', 'coin', 'TrainingRows', 'StepSampler', 'PairCollator', 'n_frozen', 'FrozenBlocks',
-           'RegressionAugmentedTrainer', 'manifest', 'make_trainer', 'save_trained', 'check_manifest']
+           'RegressionAugmentedTrainer', 'manifest', 'ShardedBlocks', 'make_trainer', 'save_trained', 'check_manifest']
 
 # %% ../nbs/11_training.ipynb #477582cf
 import json, math, os, shutil, time
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
+from accelerate.utils import is_torch_version
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from fastcore.basics import patch
 from sklearn.metrics import mean_absolute_error, r2_score
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.training_args import OptimizerNames
 from .answers import AnswerDistribution, AnswerGrid, model_inputs, tree_batch, tree_log_probs
 from .config import atomic_dir, atomic_write, content_hash, fsync_tree
@@ -343,6 +348,7 @@ def step_rows(self: RegressionAugmentedTrainer) -> int:
 @patch(as_prop=True)
 def fingerprint(self: RegressionAugmentedTrainer) -> str:
     "Short hash of all that shapes the training"
+    if '_fingerprint' in vars(self): return self._fingerprint      # taken before the weights were spread over processes
     no_matter = ('output_dir', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing')
     settings = {k: v for k, v in asdict(self.config).items() if k not in no_matter} | dict(step_rows=self.step_rows)
     return content_hash(settings, manifest(self.model, self.grid), self.train_dataset.fingerprint, self.eval_dataset and self.eval_dataset.fingerprint)
@@ -434,6 +440,34 @@ def train(self: RegressionAugmentedTrainer,
         resume_from_checkpoint = self.newest_checkpoint() or resume_from_checkpoint
 
 # %% ../nbs/11_training.ipynb #b7f7f550
+class ShardedBlocks(TrainerCallback):
+    "Each of n processes holds 1/n of the blocks' frozen weights while they train; ValueError where that cannot be"
+    def __init__(self, trainer: RegressionAugmentedTrainer):
+        model = trainer.model
+        if getattr(model.get_base_model(), 'is_quantized', False): raise ValueError('FSDP spreads bf16 weights, not NF4: use_4bit=false')
+        if not is_torch_version('>=', '2.8'): raise ValueError(f'FSDP needs torch 2.8 or newer, this is {torch.__version__}')
+        trainer.frozen, trainer._fingerprint = None, trainer.fingerprint     # both would need the whole weights while it trains
+        model._ddp_params_and_buffers_to_ignore = [n for n, p in model.named_parameters() if not p.requires_grad]   # DDP would keep them
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        "Spread them, and remember the blocks without their weights"
+        blocks, mesh = decoder_of(model).layers, init_device_mesh(args.device.type, (args.world_size,))
+        adapter = {p for p in blocks.parameters() if p.requires_grad}
+        known = {id(p): p if p in adapter else torch.nn.Parameter(p.to('meta'), requires_grad=False) for p in blocks.parameters()}
+        self.empty = deepcopy(blocks, known)
+        for block in blocks: fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=adapter)
+        n, here = (sum(getattr(p, kind, p).numel() for p in model.parameters()) for kind in ('data', '_local_tensor'))
+        if state.is_world_process_zero: print(f'FSDP: each of {args.world_size} processes holds {here/n:.0%} of the weights while they train')
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        "Put plain blocks with the whole weights in place of the spread ones"
+        decoder = decoder_of(model)
+        for block, whole in zip(decoder.layers, self.empty):
+            weights = {n: p.full_tensor() for n, p in block.named_parameters() if isinstance(p, DTensor)}
+            whole.load_state_dict(weights, strict=False, assign=True)
+        decoder.layers = self.empty
+
+# %% ../nbs/11_training.ipynb #f8c8e629
 def make_trainer(model,                  # with a LoRA adapter, see `models.add_lora`
                  grid: AnswerGrid,
                  rows: TrainingRows,
@@ -444,6 +478,8 @@ def make_trainer(model,                  # with a LoRA adapter, see `models.add_
                 ) -> RegressionAugmentedTrainer:
     "A trainer for the rows; ValueError if the model has nothing to train"
     if not any(p.requires_grad for p in model.parameters()): raise ValueError('the model has no trainable weights: add an adapter with add_lora')
+    if os.environ.get('ACCELERATE_USE_FSDP', '').lower() == 'true':
+        raise ValueError("Accelerate's FSDP does not work here: `accelerate launch --use_fsdp ... -m corrnb.launch RUN_FOLDER` has another")
     c, device = config, next(model.parameters()).device.type
     step_rows = c.per_device_train_batch_size*c.gradient_accumulation_steps*int(os.environ.get('WORLD_SIZE', 1))
     every = -(-len(rows)//step_rows//c.checks_per_epoch)   # optimizer steps between checks; the log has a line for each at least
@@ -459,8 +495,10 @@ def make_trainer(model,                  # with a LoRA adapter, see `models.add_
         dataloader_pin_memory=False) | checks | arguments))
     if c.gradient_checkpointing: model.gradient_checkpointing_enable(dict(use_reentrant=False))
     stop = [EarlyStoppingCallback(c.early_stopping_patience)] if c.early_stopping_patience and validation is not None else []
-    return cls(model=model, args=args, train_dataset=rows, eval_dataset=validation, callbacks=stop, answer_grid=grid, config=c,
-               data_collator=PairCollator(grid, c.text_loss_weight > 0), processing_class=grid.tokenizer)
+    trainer = cls(model=model, args=args, train_dataset=rows, eval_dataset=validation, callbacks=stop, answer_grid=grid, config=c,
+                  data_collator=PairCollator(grid, c.text_loss_weight > 0), processing_class=grid.tokenizer)
+    if os.environ.get('CORRNB_FSDP') and args.world_size > 1: trainer.add_callback(ShardedBlocks(trainer))   # set by `corrnb.launch`
+    return trainer
 
 # %% ../nbs/11_training.ipynb #2865a2d1
 def save_trained(folder: str|Path, model, grid: AnswerGrid,

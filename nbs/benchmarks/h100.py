@@ -1,24 +1,31 @@
-"""Speed and memory of corrnb with a model of the exact shape of Llama 3.1 8B and random weights: loading, embedding, training, evaluation, one query.
+"""Speed and memory of corrnb with a model of the exact shape of Llama 3.1 8B and random weights.
 
-    python h100.py RESULTS [PART ...] [--tiny] [--minutes 10]
+    python h100.py RESULTS [PART ...] [--tiny] [--minutes 10] [--models FOLDER]
 
-Parts run one after the other, each in a process of its own: weights (made once, 16 GB in RESULTS), nf4, bf16, merged, trl. Every figure is printed and
-saved the moment it is measured, so a run that is killed keeps what it has. `--tiny`: a model of two layers, on a CPU, to see that everything works.
+Parts run one after the other, each in a process of its own, the most important first: bf16, nf4, trl, merged, load. Each has its
+share of the minutes. Every figure is printed and saved in RESULTS the moment it is measured. The same command again goes on with the
+steps that are missing. bf16 and trl make their weights on the GPU; the others read them from FOLDER (22 GB, made once; one in memory,
+such as /dev/shm, is the fastest). What cannot be measured because bitsandbytes, faiss or trl is missing becomes a line that says so.
+Texts are cut by Llama 3's tokenizer, a file of the package llama-models (pip install --no-deps llama-models). `--tiny`: a model of two
+layers, also on a CPU, to see that everything works.
 Random weights say nothing about accuracy, and speed does not depend on them.
 """
-import argparse, base64, importlib.util, json, os, platform, resource, shutil, statistics, subprocess, sys, tempfile, time, warnings
+import argparse, base64, importlib.util, json, os, platform, resource, shutil, statistics, subprocess, sys, tempfile, time, traceback
+import warnings
 from contextlib import contextmanager
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # what a figure should reach on one H100
+BOTH = {'hybrid / cross-entropy, time at 16 rows': '<= 1.15', 'contracts embedded': '<= 10 s', 'rows evaluated': '<= 5 s',
+        'one query, p50': '<= 0.1 s'}
 TARGETS = {'hybrid training at 16 rows, nf4': '>= 6000 tokens/s', 'hybrid training at 16 rows, bf16': '>= 10000 tokens/s',
-           'hybrid / cross-entropy, time at 16 rows, nf4': '<= 1.15', 'hybrid / cross-entropy, time at 16 rows, bf16': '<= 1.15',
-           'contracts embedded, nf4': '<= 10 s', 'contracts embedded, bf16': '<= 10 s',
-           'rows evaluated, nf4': '<= 5 s', 'rows evaluated, bf16': '<= 5 s', 'one query, p50, nf4': '<= 0.1 s', 'one query, p50, bf16': '<= 0.1 s',
+           **{f'{what}, {kind}': target for what, target in BOTH.items() for kind in ('nf4', 'bf16')},
            'one query, p50, merged': '<= 0.1 s', 'corrnb / TRL, tokens/s': '>= 0.95'}
-PARTS = ('weights', 'nf4', 'bf16', 'merged', 'trl')
-PEAK, TRAINED_TOKEN = 989e12, 28.3e9      # dense bf16 of an H100 SXM, FLOP/s; FLOP of a trained token (frozen weights: 14.0 forward and as many backward, and LoRA)
+PARTS = dict(bf16=150, nf4=240, trl=80, merged=60, load=50)      # the most important first; seconds of ten minutes
+PEAK = 989e12               # dense bf16 of an H100 SXM, FLOP/s
+TRAINED_TOKEN = 28.3e9      # FLOP of a trained token: 14.0 forward, as many backward as the weights are frozen, and the adapter
 TARGET = 'underlying_event_correlation'
 
 
@@ -30,12 +37,12 @@ def sizes(tiny: bool) -> dict:
            dict(pairs=750, rows=525, epochs=3, evaluated=113, queries=100, written=60, tokens=300, steps=8, warm=2, rounds=3)
 
 def llama_tokenizer(tiny: bool=False):
-    "The tokenizer of Llama 3 from the package llama-models; without it, or for the tiny model, a small one that also reads three digits at a time"
+    "Llama 3's tokenizer from the package llama-models; without it, or for the tiny model, a small one that also reads three digits at once"
     from corrnb.models import _LLAMA3_SPLIT, tiny_tokenizer
     if tiny: return tiny_tokenizer('three_digits')
     spec = importlib.util.find_spec('llama_models')
     if spec is None:
-        print('No Llama 3 tokenizer (pip install --no-deps llama-models): a tiny one is used, so a text has more tokens than Llama would read')
+        print('no Llama 3 tokenizer (pip install --no-deps llama-models): with a small one, a text has more tokens', flush=True)
         return tiny_tokenizer('three_digits')
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -47,37 +54,80 @@ def llama_tokenizer(tiny: bool=False):
     merges = sorted((rank, ranks[t[:i]], ranks[t[i:]], text(t[:i]), text(t[i:])) for t, rank in ranks.items() for i in range(1, len(t))
                     if t[:i] in ranks and t[i:] in ranks)
     tok = Tokenizer(models.BPE({text(t): r for t, r in ranks.items()}, [m[3:] for m in merges], ignore_merges=True))
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), 'isolated'), pre_tokenizers.ByteLevel(False, use_regex=False)])
+    split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), 'isolated')
+    tok.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
     special = ['<|begin_of_text|>', '<|end_of_text|>', *(f'<|reserved_special_token_{i}|>' for i in range(254))]
     tok.add_special_tokens(special)
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token=special[0], eos_token=special[1], pad_token=special[1], padding_side='left')
+    names = dict(bos_token=special[0], eos_token=special[1], pad_token=special[1])
+    return PreTrainedTokenizerFast(tokenizer_object=tok, padding_side='left', **names)
 
 def config(tiny: bool):
     "The shape of Llama 3.1 8B, or of a tiny model with the same kinds of layers"
     from transformers import LlamaConfig
     shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2) if tiny else \
             dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
-    rope = dict(rope_type='llama3', rope_theta=500000., factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=8192)
-    return LlamaConfig(**shape, vocab_size=520 if tiny else 128256, max_position_embeddings=131072, rms_norm_eps=1e-5, rope_parameters=rope, tie_word_embeddings=False,
-                       bos_token_id=1 if tiny else 128000, eos_token_id=2 if tiny else 128001)
+    tokens = dict(vocab_size=520, bos_token_id=1, eos_token_id=2) if tiny else \
+             dict(vocab_size=128256, bos_token_id=128000, eos_token_id=128001)
+    rope = dict(rope_type='llama3', rope_theta=500000., factor=8., low_freq_factor=1., high_freq_factor=4.,
+                original_max_position_embeddings=8192)
+    return LlamaConfig(**shape, **tokens, max_position_embeddings=131072, rms_norm_eps=1e-5, rope_parameters=rope,
+                       tie_word_embeddings=False)
+
+class Skip(Exception): "What cannot be measured here, and why"
+
+def need(module: str, package: str=''):
+    "Skip what needs a package that is not there, or does not work"
+    try: importlib.import_module(module)
+    except Exception as e: raise Skip(f'pip install {package or module} ({str(e).strip().splitlines()[0]})')
+
+def read_part(results: Path, part: str) -> dict:
+    "What is known of a part: its figures, and which of its steps are done"
+    file = results/f'{part}.json'
+    return json.loads(file.read_text()) if file.exists() else dict(part=part, done=[], figures=[])
 
 class Bench:
-    "A part: its figures, printed and saved as they come"
-    def __init__(self, results: Path, part: str, tiny: bool):
+    "A part: its figures, printed and saved as they come, and the model it measures"
+    def __init__(self, results: Path, models: Path, part: str, tiny: bool):
         import torch
-        self.folder, self.part, self.tiny, self.figures, self.n = results, part, tiny, [], sizes(tiny)
-        self.model_folder, self.cuda = results/('tiny' if tiny else 'llama-3.1-8b-random'), torch.cuda.is_available() and not tiny
-        self.device, self.dtype = ('cuda', torch.bfloat16) if self.cuda else ('cpu', torch.float32)
+        self.folder, self.part, self.tiny, self.n, self.failed = results, part, tiny, sizes(tiny), []
+        self.known, self.machine, self.cuda = read_part(results, part) | dict(tiny=tiny), machine(), torch.cuda.is_available()
+        self.model_folder = models/('tiny' if tiny else 'llama-3.1-8b-random')
+        self.device, self.dtype = ('cuda:0', torch.bfloat16) if self.cuda else ('cpu', torch.float32)
         if not self.cuda: torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 2)))
-        os.environ['MODEL_CACHE_DIR'] = str(results/'cache')
+        os.environ['MODEL_CACHE_DIR'] = str(models/'cache')
+
+    def save(self):
+        from corrnb.config import atomic_write
+        atomic_write(self.folder/f'{self.part}.json', json.dumps(self.known, indent=1))
 
     def say(self, what: str, value: float|None, unit: str, note: str=''):
-        "A figure"
-        from corrnb.config import atomic_write
-        self.figures.append(dict(part=self.part, what=what, value=value, unit=unit, note=note))
-        atomic_write(self.folder/f'{self.part}.json', json.dumps(self.figures, indent=1))
-        print(line(self.figures[-1], self.tiny), flush=True)
+        "A figure, in place of an earlier one"
+        figure = dict(what=what, value=value, unit=unit, note=note, machine=self.machine, tokenizer=self.tokenizer_name)
+        self.known['figures'] = [f for f in self.known['figures'] if f['what'] != what] + [figure]
+        self.save()
+        print(line(figure, self.tiny), flush=True)
+
+    def step(self, f, *args):
+        "Measure something unless that was done before; whatever goes wrong, the next step has its turn"
+        name = ' '.join([f.__name__, *map(str, args)])
+        if name in self.known['done']: return
+        try: f(self, *args)
+        except Skip as e: self.skip(str(e))
+        except Exception as e:
+            print(f'{self.part}: {name} failed: {type(e).__name__}: {e}'[:600], flush=True)
+            traceback.print_exc()
+            self.failed.append(name)
+        else:
+            self.known['done'].append(name)
+            self.save()
+
+    def skip(self, reason: str):
+        "Lines for the targets of this part that have no figure"
+        known = {f['what'] for f in self.known['figures'] if f['value'] is not None or f['note'] == reason}
+        mine = [what for what in TARGETS if what.endswith(f', {self.part}') or self.part == 'trl' and 'TRL' in what]
+        for what in mine or ['load NF4']:
+            if what not in known: self.say(what, None, '', reason)
 
     def sync(self):
         import torch
@@ -104,10 +154,61 @@ class Bench:
         if self.cuda: return f'peak memory {torch.cuda.max_memory_allocated()/1e9:.1f} GB'
         return f'peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6:.1f} GB (process)'
 
+    def share(self, tokens_per_second: float) -> str:
+        "Of what the card could train at its peak"
+        import torch
+        if self.tiny or not self.cuda or not any(card in torch.cuda.get_device_name() for card in ('H100', 'H200')): return ''
+        return f', {tokens_per_second*TRAINED_TOKEN/PEAK:.0%} of the peak'
+
+    def random_model(self):
+        "A model with random weights, made where it will work"
+        import torch
+        from transformers import AutoModelForCausalLM
+        torch.manual_seed(0)
+        with torch.device(self.device): model = AutoModelForCausalLM.from_config(config(self.tiny), dtype=self.dtype)
+        model.config.name_or_path = self.model_folder.name
+        return model.eval()
+
+    def write_model(self):
+        "Random weights on the disk, unless they are there"
+        from corrnb.config import atomic_dir
+        if self.model_folder.exists(): return
+        model = self.random_model()
+        with self.clock() as took, atomic_dir(self.model_folder) as tmp: model.save_pretrained(tmp, max_shard_size='5GB')
+        self.say('random weights written', took[0], 's', f'{model.num_parameters()/1e9:.2f} billion')
+
     def load(self, quantize: bool):
-        "The model with random weights"
+        "The model from the disk"
         from corrnb.models import load_model
+        if quantize: need('bitsandbytes')
+        self.write_model()
         return load_model(str(self.model_folder), quantize=quantize, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def model(self):
+        "The part's model with an adapter"
+        from corrnb.models import add_lora
+        return add_lora(self.load(True) if self.part == 'nf4' else self.random_model())
+
+    @cached_property
+    def tokenizer(self):
+        "The tokenizer; Llama's is put together once, which takes a while"
+        from corrnb.config import atomic_dir
+        from corrnb.models import load_tokenizer
+        if (folder := self.model_folder.parent/'tokenizer').exists() and not self.tiny: return load_tokenizer(str(folder))
+        tokenizer = llama_tokenizer(self.tiny)
+        if len(tokenizer) > 100_000:
+            with atomic_dir(folder) as tmp: tokenizer.save_pretrained(tmp)
+        return tokenizer
+
+    @property
+    def tokenizer_name(self): return f'{len(self.tokenizer)} tokens'
+
+    @cached_property
+    def grid(self):
+        from corrnb.answers import AnswerGrid
+        from corrnb.prompts import ANSWER_PREFIX
+        return AnswerGrid(self.tokenizer, prefix=ANSWER_PREFIX)
 
 def line(figure: dict, tiny: bool=False) -> str:
     "A figure as a line of the table; the tiny model has no targets"
@@ -119,7 +220,7 @@ def line(figure: dict, tiny: bool=False) -> str:
 # -- the rows
 
 def market_rows(n: int, tokenizer, tokens: int):
-    "`n` pairs of the simulated market with written fields, and as many similar pairs each as make about `tokens` tokens of a row on average"
+    "`n` pairs of the simulated market with written fields, and as many similar pairs each as make about `tokens` tokens a row"
     import pandas as pd
     from corrnb.demo import simulate_market
     from corrnb.models import encode
@@ -127,13 +228,14 @@ def market_rows(n: int, tokenizer, tokens: int):
     pairs = simulate_market().pairs
     rows = pd.concat([pairs]*(-(-n//len(pairs)))).head(n).reset_index(drop=True)
     rows['id'], rows['correlation_type'] = [f'row {i}' for i in range(n)], rows[TARGET].map(correlation_type)
-    rows['correlation_reasoning'] = [f'What moves {r.contract_a_event_id} also moves {r.contract_b_event_id}, though each has news of its own.' for r in rows.itertuples()]
+    rows['correlation_reasoning'] = [f'What moves {a} also moves {b}, though each has news of its own.'
+                                     for a, b in zip(rows.contract_a_event_id, rows.contract_b_event_id)]
     rows['analysis_confidence'] = [0.6 + 0.05*(i % 7) for i in range(n)]
     others = pairs.rename(columns={TARGET: 'value'})[['contract_a_title', 'contract_b_title', 'value']].to_dict('records')
     def near(i, k): return [others[(7*i + 11*j + 1) % len(others)] for j in range(k)]
     def length(k):
-        texts = [make_prompt(r.contract_a_title, r.contract_b_title, near(i, k)) + ANSWER_PREFIX + '0.50' + row_completion(r._asdict(), TARGET)
-                 for i, r in enumerate(rows.head(40).itertuples())]
+        prompts = [make_prompt(r.contract_a_title, r.contract_b_title, near(i, k)) for i, r in enumerate(rows.head(40).itertuples())]
+        texts = [p + ANSWER_PREFIX + '0.50' + row_completion(r, TARGET) for p, r in zip(prompts, rows.to_dict('records'))]
         return sum(map(len, encode(tokenizer, texts)))/len(texts)
     k = min(range(1, 13), key=lambda k: abs(length(k) - tokens))
     return rows, [near(i, k) for i in range(n)], k
@@ -160,9 +262,9 @@ def trainers():
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             m, t = self.grid.n_nodes - 1, inputs['labels'].shape[1]
             ids, real, place = (inputs[k][:, :-m] for k in ('input_ids', 'real', 'position_ids'))
-            logits = model(input_ids=ids, position_ids=place, attention_mask=real.long(), logits_to_keep=t + 1, use_cache=False).logits[:, :-1]
+            logits = model(input_ids=ids, position_ids=place, attention_mask=real.long(), logits_to_keep=t + 1, use_cache=False).logits
             labels = ids[:, -t:].masked_fill(~real[:, -t:], -100)
-            return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+            return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten())
     return {'hybrid': RegressionAugmentedTrainer, 'cross-entropy': CrossEntropy}
 
 def timed_training(bench: Bench, trainer, count) -> float:
@@ -174,6 +276,7 @@ def timed_training(bench: Bench, trainer, count) -> float:
         tokens.append(int(count(batch)))
         return batch
     class Clock(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs): ends.clear(), tokens.clear()     # also where it begins again with smaller batches
         def on_step_end(self, *args, **kwargs):
             bench.sync()
             ends.append(time.perf_counter())
@@ -183,200 +286,222 @@ def timed_training(bench: Bench, trainer, count) -> float:
     trainer.train()
     trainer.data_collator = collate
     trainer.remove_callback(Clock)
-    warm = bench.n['warm']
-    return sum(tokens[warm:len(ends)])/(ends[-1] - ends[warm - 1])
+    warm, batches = bench.n['warm'], trainer.args.gradient_accumulation_steps
+    return sum(tokens[warm*batches:len(ends)*batches])/(ends[-1] - ends[warm - 1])
 
-def our_trainer(bench: Bench, model, grid, rows, near, batch: int, cls, folder, epochs=1, validation=None, **arguments):
+def our_trainer(bench: Bench, model, rows, near, batch: int, cls, folder, epochs=1, validation=None):
     "corrnb's trainer with the settings of the profile"
     from corrnb.training import TrainingConfig, TrainingRows, make_trainer
     c = TrainingConfig(output_dir=folder, num_train_epochs=epochs, per_device_train_batch_size=batch)
     quiet = dict(disable_tqdm=True, logging_strategy='no') | (dict(save_strategy='no') if validation is None else {})
-    return make_trainer(model, grid, TrainingRows(rows, TARGET, c, near), c, validation and TrainingRows(*validation[:1], TARGET, c, *validation[1:]), cls,
-                        **quiet, **arguments)
+    held_out = None if validation is None else TrainingRows(validation[0], TARGET, c, validation[1])
+    return make_trainer(model, bench.grid, TrainingRows(rows, TARGET, c, near), c, held_out, cls, **quiet)
 
-def train_speed(bench: Bench, name: str, model, grid, tokenizer):
-    "Tokens/s and memory of both losses at 4 and 16 rows a step"
-    n = bench.n['steps'] + bench.n['warm']
-    for batch in (4, 16):
-        rows, near, _ = market_rows(n*batch, tokenizer, bench.n['tokens'])
-        speed = {}
-        for loss, cls in trainers().items():
-            bench.reset_memory()
-            with tempfile.TemporaryDirectory() as folder:
-                speed[loss] = timed_training(bench, our_trainer(bench, model, grid, rows, near, batch, cls, folder), lambda b: b['n_tokens'].sum())
-            share = f", {speed[loss]*TRAINED_TOKEN/PEAK:.0%} of the H100's floor" if bench.cuda else ''
-            bench.say(f'{loss} training at {batch} rows, {name}', speed[loss], 'tokens/s', bench.peak() + share)
-        bench.say(f'hybrid / cross-entropy, time at {batch} rows, {name}', speed['cross-entropy']/speed['hybrid'], '')
+def train_speed(bench: Bench, batch: int):
+    "Tokens/s and memory of both losses at so many rows a step"
+    rows, near, _ = market_rows((bench.n['steps'] + bench.n['warm'])*batch, bench.tokenizer, bench.n['tokens'])
+    speed, name = {}, bench.part
+    for loss, cls in trainers().items():
+        bench.model, bench.reset_memory()
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = our_trainer(bench, bench.model, rows, near, batch, cls, folder)
+            speed[loss] = timed_training(bench, trainer, lambda b: b['n_tokens'].sum())
+        at_once = '' if (size := trainer.args.per_device_train_batch_size) == batch else f', only {size} rows fit at a time'
+        bench.say(f'{loss} training at {batch} rows, {name}', speed[loss], 'tokens/s', bench.peak() + bench.share(speed[loss]) + at_once)
+    bench.say(f'hybrid / cross-entropy, time at {batch} rows, {name}', speed['cross-entropy']/speed['hybrid'], '')
 
-def whole_run(bench: Bench, name: str, model, grid, tokenizer):
+def whole_run(bench: Bench):
     "All rows and epochs of the profile, with validation and checkpoints"
-    n = bench.n
-    rows, near, k = market_rows(n['rows'] + n['evaluated'], tokenizer, n['tokens'])
-    bench.reset_memory()
+    from transformers import PrinterCallback
+    n, name = bench.n, bench.part
+    rows, near, k = market_rows(n['rows'] + n['evaluated'], bench.tokenizer, n['tokens'])
+    bench.model, bench.reset_memory()
     with tempfile.TemporaryDirectory() as folder:
         held_out = rows[n['rows']:].reset_index(drop=True), near[n['rows']:]
-        trainer = our_trainer(bench, model, grid, rows[:n['rows']], near[:n['rows']], 4, trainers()['hybrid'], folder, n['epochs'], held_out)
+        hybrid, first = trainers()['hybrid'], slice(n['rows'])
+        trainer = our_trainer(bench, bench.model, rows[first], near[first], 4, hybrid, folder, n['epochs'], held_out)
         tokens = sum(trainer.data_collator([trainer.train_dataset[0, i]])['n_tokens'].item() for i in range(n['rows']))
-        from transformers import PrinterCallback
         trainer.remove_callback(PrinterCallback)
         with bench.clock() as took: trainer.train()
-    floor = f", {tokens*n['epochs']*TRAINED_TOKEN/PEAK:.1f} s at the H100's peak" if bench.cuda else ''
+    speed = tokens*n['epochs']/took[0]
     bench.say(f"whole training, {n['rows']} rows x {n['epochs']} epochs, {name}", took[0], 's',
-              f"{tokens/n['rows']:.0f} tokens a row, {k} similar pairs; {tokens*n['epochs']/took[0]:,.0f} tokens/s{floor}; {bench.peak()}")
+              f"{tokens/n['rows']:.0f} tokens a row, {k} similar pairs; {speed:,.0f} tokens/s{bench.share(speed)}; {bench.peak()}")
 
 
 # -- inference
 
-def answer_speed(bench: Bench, name: str, model, embedder, grid, tokenizer):
+def answer_speed(bench: Bench):
     "Embedding, evaluation, and one query from its titles to its distribution, against writing"
-    import torch
     from corrnb.inference import CorrelationPredictor
-    from corrnb.models import encode
+    need('faiss', 'faiss-cpu')
     from corrnb.rag import PairRetriever
-    n, (_, _, k) = bench.n, market_rows(40, tokenizer, bench.n['tokens'])
-    known = distinct_pairs(n['pairs'] + n['evaluated'] + n['queries'] + 1)
+    n, name, (_, _, k) = bench.n, bench.part, market_rows(40, bench.tokenizer, bench.n['tokens'])
+    if name == 'merged': embedder, model = bench.load(True), bench.model.merge_and_unload()
+    else: embedder = model = bench.model
+    known, layers = distinct_pairs(n['pairs'] + n['evaluated'] + n['queries'] + 1), [-1] if bench.tiny else [6, -1]
     known, rest = known[:n['pairs']], known[n['pairs']:].reset_index(drop=True)
+    PairRetriever.build(known.head(8), TARGET, embedder, bench.tokenizer, layers)          # warm
     bench.reset_memory()
-    with bench.clock() as took: retriever = PairRetriever.build(known, TARGET, embedder, tokenizer, [6, -1] if not bench.tiny else [-1])
-    bench.say(f'contracts embedded, {name}', took[0], 's', f"those of {n['pairs']} pairs, {2*n['pairs']} texts, and the index; {bench.peak()}")
-    predictor = CorrelationPredictor(model, grid, retriever, k, batch_tokens=16384)
+    with bench.clock() as took: retriever = PairRetriever.build(known, TARGET, embedder, bench.tokenizer, layers)
+    bench.say(f'contracts embedded, {name}', took[0], 's', f"{2*n['pairs']} texts of {n['pairs']} pairs, and the index; {bench.peak()}")
+    predictor = CorrelationPredictor(model, bench.grid, retriever, k, batch_tokens=16384)
     predictor.predict(rest.contract_a_title.iloc[-1], rest.contract_b_title.iloc[-1])      # checks the tree, once for a model
     bench.reset_memory()
     with bench.clock() as took: predictor.predict_many(rest.head(n['evaluated']))
-    bench.say(f'rows evaluated, {name}', took[0], 's', f"{n['evaluated']} rows in both orders, embedding and search included; {bench.peak()}")
-    times, prompts = [], []
-    for r in rest[n['evaluated']:n['evaluated'] + n['queries']].itertuples():
+    bench.say(f'rows evaluated, {name}', took[0], 's', f"{n['evaluated']} rows in both orders, with embedding and search; {bench.peak()}")
+    query_speed(bench, predictor, rest[n['evaluated']:n['evaluated'] + n['queries']], k)
+
+def query_speed(bench: Bench, predictor, rows, k: int):
+    "Seconds of one query, and of writing an answer to the same prompt"
+    import torch
+    from corrnb.models import encode
+    times, n, name = [], bench.n, bench.part
+    for r in rows.itertuples():
         with bench.clock() as took: predictor.predict(r.contract_a_title, r.contract_b_title)
         times.append(took[0])
-    near, _ = predictor.neighbours(rest.tail(1), k)
-    prompt = encode(tokenizer, predictor._prompts([tuple(rest.iloc[-1][['contract_a_title', 'contract_b_title']])], near)[:1])[0] + grid.prefix_ids
+    near, _ = predictor.neighbours(rows.tail(1), k)
+    prompts = predictor._prompts([tuple(rows.iloc[-1][['contract_a_title', 'contract_b_title']])], near)
+    ids = torch.tensor([encode(bench.tokenizer, prompts[:1])[0] + bench.grid.prefix_ids], device=bench.device)
     p50, p95 = statistics.median(times), sorted(times)[min(len(times) - 1, int(.95*len(times)))]
-    bench.say(f'one query, p50, {name}', p50, 's', f'{len(times)} queries of about {len(prompt)} tokens in both orders, embedding and search included')
+    bench.say(f'one query, p50, {name}', p50, 's', f'{len(times)} of about {ids.shape[1]} tokens in both orders, with embedding and search')
     bench.say(f'one query, p95, {name}', p95, 's')
-    ids = torch.tensor([prompt], device=bench.device)
-    def write():
-        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=n['written'], max_new_tokens=n['written'], do_sample=False,
-                       pad_token_id=tokenizer.pad_token_id)
-    seconds = []
+    seconds, length = [], dict(min_new_tokens=n['written'], max_new_tokens=n['written'])
     for _ in range(3):
-        with torch.inference_mode(), bench.clock() as took: write()
+        with torch.inference_mode(), bench.clock() as took:
+            predictor.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, **length,
+                                     pad_token_id=bench.tokenizer.pad_token_id)
         seconds.append(took[0])
-    bench.say(f"writing {n['written']} tokens, {name}", statistics.median(seconds), 's', f'{statistics.median(seconds)/p50:.0f} times a query')
+    middle = statistics.median(seconds)
+    bench.say(f"writing {n['written']} tokens, {name}", middle, 's', f'{middle/p50:.1f} times a query')
+
+
+# -- loading
+
+def load_time(bench: Bench):
+    "How long the weights take from the disk to the device"
+    from corrnb.models import load_model
+    load_model('tiny')                                     # warm
+    bench.write_model()
+    load_in(bench, 'bf16 weights', False)
+    bench.load(True)                                       # NF4 is in the cache now
+    load_in(bench, 'NF4 from the cache', True)
+    shutil.rmtree(os.environ['MODEL_CACHE_DIR'])
+    load_in(bench, 'NF4, quantized while loading, and put into the cache', True)
+
+def load_in(bench: Bench, what: str, quantize: bool):
+    "Seconds to load one kind of weights"
+    bench.reset_memory()
+    with bench.clock() as took: bench.load(quantize)
+    bench.say(f'load {what}', took[0], 's', f'{bench.peak()}; the files may be in the memory of the system')
+
+
+# -- against TRL
+
+def sft_trainer(bench: Bench, ours, folder: str):
+    "TRL's SFTTrainer for the same rows in the same batches, with the same model, adapter, optimizer and schedule"
+    import datasets, trl
+    from corrnb.models import add_lora, encode
+    grid, tokenizer = bench.grid, bench.tokenizer
+    def row(x):
+        head = encode(tokenizer, [x['prompt']])[0] + grid.prefix_ids
+        answer = next(a for a, v in zip(grid.answer_ids, grid.values.tolist()) if abs(v - x['value']) < .0051)
+        tail = answer + encode(tokenizer, [x['completion']], bos=False)[0] + [tokenizer.eos_token_id]
+        return dict(input_ids=head + tail, labels=[-100]*len(head) + tail)
+    shared = ('num_train_epochs', 'per_device_train_batch_size', 'learning_rate', 'lr_scheduler_type', 'warmup_steps', 'optim', 'seed',
+              'max_grad_norm', 'save_strategy', 'logging_strategy', 'disable_tqdm', 'report_to', 'use_cpu', 'bf16', 'dataloader_pin_memory',
+              'gradient_checkpointing')
+    data = datasets.Dataset.from_list([row(ours.train_dataset[key]) for key in ours._get_train_sampler()])
+    sft = trl.SFTTrainer(model=add_lora(bench.random_model()), train_dataset=data, processing_class=tokenizer,
+                         args=trl.SFTConfig(folder, max_length=None, **{k: getattr(ours.args, k) for k in shared}))
+    sft.args.train_sampling_strategy = 'sequential'
+    return sft
+
+def against_trl(bench: Bench):
+    "Tokens/s of corrnb and TRL in turns"
+    for package in ('datasets', 'trl'): need(package)
+    rows, near, _ = market_rows(4*(bench.n['steps'] + bench.n['warm']), bench.tokenizer, bench.n['tokens'])
+    pad = bench.tokenizer.pad_token_id
+    def counted(batch): return (batch['attention_mask'] if 'attention_mask' in batch else batch['input_ids'] != pad).sum()
+    speed = {'corrnb': [], 'TRL': []}
+    with tempfile.TemporaryDirectory() as folder:
+        ours = our_trainer(bench, bench.model, rows, near, 4, trainers()['hybrid'], folder)
+        sft = sft_trainer(bench, ours, folder)
+        for _ in range(bench.n['rounds']):
+            speed['corrnb'].append(timed_training(bench, ours, lambda b: b['n_tokens'].sum()))
+            speed['TRL'].append(timed_training(bench, sft, counted))
+    for name, s in speed.items(): bench.say(f'{name} at 4 rows, bf16', statistics.median(s), 'tokens/s', f'median of {len(s)}')
+    bench.say('corrnb / TRL, tokens/s', statistics.median(a/b for a, b in zip(*speed.values())), '', f"trl {version('trl')}")
 
 
 # -- the parts
 
-def weights(bench: Bench):
-    "Random weights on the disk, and how long they take to load"
-    import torch
-    from transformers import LlamaForCausalLM
-    if not bench.model_folder.exists():
-        from corrnb.config import atomic_dir
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(bench.dtype)
-        with bench.clock() as took, torch.device(bench.device): model = LlamaForCausalLM(config(bench.tiny))
-        torch.set_default_dtype(default)
-        with bench.clock() as saved, atomic_dir(bench.model_folder) as tmp: model.save_pretrained(tmp, max_shard_size='5GB')
-        bench.say('random weights made and written', took[0] + saved[0], 's', f'{model.num_parameters()/1e9:.2f} billion')
-        del model
-    shutil.rmtree(bench.folder/'cache', ignore_errors=True)
-    for what, quantize in {'bf16 weights': False, 'NF4, quantized while loading': True, 'NF4 from the cache': True}.items():
-        bench.reset_memory()
-        with bench.clock() as took: model = bench.load(quantize)
-        bench.say(f'load {what}', took[0], 's', f'{bench.peak()}; the files may be in the memory of the system')
-        del model
+STEPS = dict(bf16=[(train_speed, 16), (answer_speed,), (train_speed, 4), (whole_run,)],
+             nf4=[(train_speed, 16), (answer_speed,), (train_speed, 4), (whole_run,)],
+             trl=[(against_trl,)], merged=[(answer_speed,)], load=[(load_time,)])
 
-def one_kind(bench: Bench, quantize: bool):
-    "Everything with one kind of weights"
-    from corrnb.answers import AnswerGrid
-    from corrnb.models import add_lora
-    from corrnb.prompts import ANSWER_PREFIX
-    tokenizer = llama_tokenizer(bench.tiny)
-    grid, model = AnswerGrid(tokenizer, prefix=ANSWER_PREFIX), add_lora(bench.load(quantize))
-    train_speed(bench, bench.part, model, grid, tokenizer)
-    answer_speed(bench, bench.part, model, model, grid, tokenizer)
-    whole_run(bench, bench.part, model, grid, tokenizer)
-
-def merged(bench: Bench):
-    "Queries with the adapter added to the weights of a second copy"
-    from corrnb.answers import AnswerGrid
-    from corrnb.models import add_lora
-    from corrnb.prompts import ANSWER_PREFIX
-    tokenizer = llama_tokenizer(bench.tiny)
-    model = add_lora(bench.load(False)).merge_and_unload()
-    answer_speed(bench, 'merged', model, bench.load(True), AnswerGrid(tokenizer, prefix=ANSWER_PREFIX), tokenizer)
-
-def trl(bench: Bench):
-    "TRL's SFTTrainer beside ours: the same rows in the same batches, the same model, adapter, optimizer and schedule"
-    if importlib.util.find_spec('trl') is None: return bench.say('corrnb / TRL, tokens/s', None, '', 'TRL is not installed: pip install trl')
-    import datasets
-    from trl import SFTConfig, SFTTrainer
-    from corrnb.answers import AnswerGrid
-    from corrnb.models import add_lora, encode
-    from corrnb.prompts import ANSWER_PREFIX
-    tokenizer, n = llama_tokenizer(bench.tiny), bench.n['steps'] + bench.n['warm']
-    grid, (rows, near, _) = AnswerGrid(tokenizer, prefix=ANSWER_PREFIX), market_rows(4*n, tokenizer, bench.n['tokens'])
-    folder = tempfile.TemporaryDirectory()
-    ours = our_trainer(bench, add_lora(bench.load(False)), grid, rows, near, 4, trainers()['hybrid'], folder.name)
-    def row(x):
-        head = encode(tokenizer, [x['prompt']])[0] + grid.prefix_ids
-        tail = next(a for a, v in zip(grid.answer_ids, grid.values.tolist()) if abs(v - x['value']) < .0051) + encode(tokenizer, [x['completion']], bos=False)[0]
-        return dict(input_ids=head + tail + [tokenizer.eos_token_id], labels=[-100]*len(head) + tail + [tokenizer.eos_token_id])
-    order = list(ours._get_train_sampler())
-    shared = ('num_train_epochs', 'per_device_train_batch_size', 'learning_rate', 'lr_scheduler_type', 'warmup_steps', 'optim', 'max_grad_norm', 'seed',
-              'save_strategy', 'logging_strategy', 'disable_tqdm', 'report_to', 'use_cpu', 'bf16', 'dataloader_pin_memory', 'gradient_checkpointing')
-    sft = SFTTrainer(model=add_lora(bench.load(False)), train_dataset=datasets.Dataset.from_list([row(ours.train_dataset[key]) for key in order]),
-                     processing_class=tokenizer, args=SFTConfig(folder.name, max_length=None, **{k: getattr(ours.args, k) for k in shared}))
-    sft.args.train_sampling_strategy = 'sequential'
-    speed = {'corrnb': [], 'TRL': []}
-    for _ in range(bench.n['rounds']):
-        speed['corrnb'].append(timed_training(bench, ours, lambda b: b['n_tokens'].sum()))
-        speed['TRL'].append(timed_training(bench, sft, lambda b: b['attention_mask'].sum() if 'attention_mask' in b else (b['input_ids'] != tokenizer.pad_token_id).sum()))
-    for name, s in speed.items(): bench.say(f'{name} at 4 rows, bf16', statistics.median(s), 'tokens/s', f'median of {len(s)}')
-    bench.say('corrnb / TRL, tokens/s', statistics.median(a/b for a, b in zip(*speed.values())), '', f"trl {version('trl')}")
-
-def machine(tiny: bool) -> str:
+def machine() -> str:
     "Device and versions"
     import torch
-    cpu = next((l.split(': ')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
-    device = cpu if tiny or not torch.cuda.is_available() else f'{torch.cuda.get_device_name()} ({torch.cuda.get_device_properties(0).total_memory/2**30:.0f} GiB)'
+    if torch.cuda.is_available():
+        device = f'{torch.cuda.get_device_name()} ({torch.cuda.get_device_properties(0).total_memory/2**30:.0f} GiB)'
+    else:
+        info = Path('/proc/cpuinfo')
+        names = [l.split(': ')[1] for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
+        device = names[0].strip() if names else platform.processor()
     found = []
     for p in ('torch', 'transformers', 'peft', 'bitsandbytes', 'trl'):
         try: found.append(f'{p} {version(p)}')
         except PackageNotFoundError: found.append(f'no {p}')
     return f"{device}; Python {platform.python_version()}, {', '.join(found)}"
 
-def child(results: Path, part: str, tiny: bool):
+def child(results: Path, models: Path, part: str, tiny: bool) -> int:
     "One part, in this process"
     from transformers.utils import logging as hf_logging
     warnings.filterwarnings('ignore')
     hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
-    bench = Bench(results, part, tiny)
-    if part in ('nf4', 'bf16'): one_kind(bench, part == 'nf4')
-    else: dict(weights=weights, merged=merged, trl=trl)[part](bench)
+    bench = Bench(results, models, part, tiny)
+    for step in STEPS[part]: bench.step(*step)
+    return 1 if bench.failed else 0
+
+def run_part(a, part: str, seconds: float) -> str:
+    "A part in a process of its own; what went wrong, if anything did"
+    steps = {' '.join([f.__name__, *map(str, args)]) for f, *args in STEPS[part]}
+    if steps <= set((known := read_part(a.results, part))['done']):
+        for figure in known['figures']: print(line(figure, a.tiny), flush=True)
+        return ''
+    if seconds < 5: return 'no time is left; the same command goes on'
+    command = [sys.executable, __file__, a.results, part, '--child', '--models', a.models, *(['--tiny'] if a.tiny else [])]
+    env = dict(TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', CUDA_VISIBLE_DEVICES='0') | os.environ    # one GPU, and no network
+    with open(a.results/f'{part}.log', 'w') as log:
+        try: done = subprocess.run([str(c) for c in command], stderr=log, text=True, timeout=seconds, env=env)
+        except subprocess.TimeoutExpired: return f'its {seconds:.0f} s are over; the same command goes on'
+    return f"see {a.results/f'{part}.log'}" if done.returncode else ''
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('results', type=Path, help='folder for figures and weights')
+    parser.add_argument('results', type=Path, help='folder for figures and logs')
     parser.add_argument('parts', nargs='*', metavar='PART', help=f"which parts; default all: {', '.join(PARTS)}")
-    parser.add_argument('--tiny', action='store_true', help='a tiny model on a CPU')
-    parser.add_argument('--minutes', type=float, default=10, help='after which no part goes on')
+    parser.add_argument('--models', type=Path, help='folder for weights, 22 GB; default: models in RESULTS')
+    parser.add_argument('--tiny', action='store_true', help='a tiny model, also on a CPU')
+    parser.add_argument('--minutes', type=float, default=10, help='for all parts; each has its share, and what earlier ones left over')
     parser.add_argument('--child', action='store_true', help=argparse.SUPPRESS)
     a = parser.parse_intermixed_args()
     if unknown := set(a.parts) - set(PARTS): parser.error(f"no part {unknown.pop()!r}: there are {', '.join(PARTS)}")
-    if a.child: return child(a.results.resolve(), a.parts[0], a.tiny)
+    a.results, parts = a.results.resolve(), a.parts or list(PARTS)
+    a.models = (a.models or a.results/'models').resolve()
+    if a.child: return child(a.results, a.models, parts[0], a.tiny)
+    if any(read_part(a.results, p).get('tiny', a.tiny) != a.tiny for p in PARTS):
+        parser.error(f'{a.results} holds figures of another model: take another folder')
     import torch
     if not a.tiny and not torch.cuda.is_available(): return 'No GPU: add --tiny to see on a CPU that everything works'
-    end, failed = time.monotonic() + 60*a.minutes, []
-    a.results.mkdir(parents=True, exist_ok=True)
-    print(machine(a.tiny), line(dict(what='what', value=None, unit='unit', note='note')).replace('skipped', ' figure'), sep='\n', flush=True)
-    for part in a.parts or PARTS:
-        command = [sys.executable, __file__, str(a.results), part, '--child', *(['--tiny'] if a.tiny else [])]
-        try: done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=max(1, end - time.monotonic()))
-        except subprocess.TimeoutExpired: done = None
-        if done is None or done.returncode:
+    start, share, failed = time.monotonic(), 60*a.minutes/sum(PARTS[p] for p in parts), []
+    for folder in (a.results, a.models): folder.mkdir(parents=True, exist_ok=True)
+    print(machine(), line(dict(what='what', value=None, unit='unit', note='note')).replace('skipped', ' figure'), sep='\n', flush=True)
+    for i, part in enumerate(parts):
+        due = start + share*sum(PARTS[p] for p in parts[:i+1])
+        if wrong := run_part(a, part, due - time.monotonic()):
             failed.append(part)
-            print(f"{part} did not finish: {'time is up' if done is None else done.stderr.strip()[-1500:]}", flush=True)
+            print(f'{part} did not finish: {wrong}', flush=True)
     return 1 if failed else 0
 
 if __name__ == '__main__': sys.exit(main())
