@@ -10,12 +10,12 @@ import io, warnings, zipfile
 from contextlib import nullcontext
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 from .config import atomic_write, content_hash
 from .models import encode, model_fingerprint, token_batches
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 # %% ../nbs/08_embeddings.ipynb #32f8a369
 def _tokens(tokenizer, texts, longest: int # most tokens that the model reads
