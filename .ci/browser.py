@@ -7,7 +7,7 @@ from pathlib import Path
 root = Path(__file__).resolve().parents[1]
 WIDE, NARROW = dict(width=1280, height=900), dict(width=390, height=844)
 SEEN = {'home': 'index.html', 'api': '07_answers.html', 'tutorial': 'tutorials/getting_started.html', 'benchmark': 'benchmarks/learning.html'}
-SHORT = ('pipeline/index.ipynb', '06_prompts.ipynb', '07_answers.ipynb')  # what `lab` runs unless told otherwise
+SHORT = ('pipeline/prepare.ipynb', 'pipeline/index.ipynb', '06_prompts.ipynb', '07_answers.ipynb')  # what `lab` runs unless told otherwise
 
 
 @contextmanager
@@ -121,8 +121,16 @@ def jupyter_lab(folder, home):
         process.wait()
         log.close()
 
-def open_notebook(page, lab, path):
-    "A notebook in a JupyterLab window of its own, its kernel ready; its cells"
+def clear(notebook):
+    "Take outputs and execution counts out of a notebook"
+    nb = json.loads(notebook.read_text())
+    for cell in nb['cells']:
+        if cell['cell_type'] == 'code': cell.update(outputs=[], execution_count=None)
+    notebook.write_text(json.dumps(nb))
+
+def open_notebook(page, lab, folder, path):
+    "A notebook without outputs in a JupyterLab window of its own, its kernel ready; its cells"
+    clear(folder/path)
     url, token = lab
     page.goto(f'{url}/lab/workspaces/{Path(path).stem}/tree/{path}?{token}', timeout=120_000)
     cells = page.locator('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook-cell')
@@ -139,13 +147,6 @@ def set_parameter(page, cell, old, new):
     page.keyboard.press('Control+a')
     page.keyboard.insert_text(source.replace(old, new))
 
-def clear(notebook):
-    "Take the outputs out of a notebook"
-    nb = json.loads(notebook.read_text())
-    for cell in nb['cells']:
-        if cell['cell_type'] == 'code': cell.update(outputs=[], execution_count=None)
-    notebook.write_text(json.dumps(nb))
-
 def outputs(notebook, kind):
     "Errors ('error') or what went to stderr ('stderr') in the outputs of a saved notebook: number of the cell and text"
     for i, cell in enumerate(json.loads(notebook.read_text())['cells']):
@@ -153,41 +154,50 @@ def outputs(notebook, kind):
             if o['output_type'] == kind == 'error': yield f"cell {i}: {o['ename']}: {o['evalue']}"
             elif o.get('name') == kind: yield f"cell {i}: {''.join(o['text']).strip()}"
 
-def run_all(page, notebook, timeout=600):
-    "Run > Run All Cells, save until every cell has run or one has failed; what is wrong then"
+def run_all(page, notebook, timeout=900):
+    "Run > Run All Cells, and save until every cell has run or one has failed; the errors"
     page.get_by_role('menuitem', name='Run', exact=True).click()
     page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
     end = time.time() + timeout
     while time.time() < end:
         page.wait_for_timeout(1000)
         page.keyboard.press('Control+s')
-        cells = json.loads(notebook.read_text())['cells']
-        failed = list(outputs(notebook, 'error'))
-        if failed or all(c['execution_count'] for c in cells if c['cell_type'] == 'code' and ''.join(c['source']).strip()): break
-    else: return [f'not done after {timeout} s']
-    return failed + list(outputs(notebook, 'stderr'))
+        cells, errors = json.loads(notebook.read_text())['cells'], list(outputs(notebook, 'error'))
+        if errors or all(c['execution_count'] for c in cells if c['cell_type'] == 'code' and ''.join(c['source']).strip()): return errors
+    return [f'not done after {timeout} s']
+
+def shut_down(browser, lab):
+    "End the kernels of all notebooks"
+    (url, token), request = lab, browser.new_context().request
+    for session in request.get(f'{url}/api/sessions?{token}').json(): request.delete(f"{url}/api/sessions/{session['id']}?{token}")
 
 def run_notebooks(browser, lab, folder, notebooks, pictures=None):
-    "Notebooks from top to bottom, each as it is opened for the first time; what went wrong"
+    "Notebooks from top to bottom, each as it is opened for the first time; what went wrong: errors, in stages of the pipeline also warnings"
     for path in notebooks:
         page, start = new_page(browser, dict(width=1400, height=1000), []), time.time()
-        open_notebook(page, lab, path)
-        found = run_all(page, folder/path)
-        print(f'{path}: {time.time()-start:.0f} s', *found, sep='\n    ', flush=True)
-        yield from (f'{path}, {f}' for f in found)
+        open_notebook(page, lab, folder, path)
+        errors = run_all(page, folder/path)
+        said = list(outputs(folder/path, 'stderr'))
+        print(f'{path}: {time.time()-start:.0f} s', *errors, *said, sep='\n    ', flush=True)
         if pictures: page.screenshot(path=Path(pictures)/f"lab-{path.replace('/', '-').removesuffix('.ipynb')}.png")
         page.context.close()
-        url, token = lab
-        for session in (request := browser.new_context().request).get(f'{url}/api/sessions?{token}').json():
-            request.delete(f"{url}/api/sessions/{session['id']}?{token}")
+        shut_down(browser, lab)
+        yield from (f'{path}, {problem}' for problem in errors + (said if path.startswith('pipeline/') else []))
+
+def too_early(browser, lab, folder):
+    "A stage that is opened before the first one says which comes first"
+    page, path = new_page(browser, dict(width=1400, height=1000), []), 'pipeline/index.ipynb'
+    open_notebook(page, lab, folder, path)
+    assert 'run prepare.ipynb first' in ''.join(found := run_all(page, folder/path)), f'{path} was opened first and said: {found}'
+    page.context.close()
+    shut_down(browser, lab)
 
 def change_and_run(browser, lab, folder, pictures=None):
     "Open a pipeline notebook, change a parameter, run all cells: does the table that it shows know the change?"
     page, path = new_page(browser, dict(width=1400, height=1000), []), 'pipeline/prepare.ipynb'
-    cells = open_notebook(page, lab, path)
+    cells = open_notebook(page, lab, folder, path)
     set_parameter(page, cells.filter(has_text='run_dir: str').first, 'limit: int = 96 ', 'limit: int = 31 ')
-    found = run_all(page, folder/path)
-    assert not found, '\n'.join(found)
+    assert not (found := run_all(page, folder/path)), '\n'.join(found)
     assert 'limit: int = 31' in (folder/path).read_text(), 'the changed notebook was not saved'
     table = cells.filter(has_text='split_report').locator('.jp-RenderedHTMLCommon table')
     assert re.search(r'\b31\b', table.inner_text()), f'the table does not know the new limit:\n{table.inner_text()}'
@@ -196,7 +206,7 @@ def change_and_run(browser, lab, folder, pictures=None):
     print(f'{path} with limit 31 ran to the end')
 
 def test_lab(pictures=None, notebooks=()):
-    "In JupyterLab: change a parameter of a pipeline notebook and run it; run other notebooks as they are"
+    "In JupyterLab: open a stage too early, run notebooks as they are, change a parameter of the first stage and run it"
     library = sorted(p.name for p in (root/'nbs').glob('[0-9][0-9]_*.ipynb'))
     pipeline = [f'pipeline/{name}.ipynb' for name in ('prepare', 'index', 'train', 'evaluate')]
     notebooks = pipeline + library if 'all' in notebooks else notebooks or SHORT
@@ -204,10 +214,10 @@ def test_lab(pictures=None, notebooks=()):
         copy, home = Path(tmp)/'nbs', Path(tmp)/'home'
         home.mkdir()
         shutil.copytree(root/'nbs', copy, ignore=shutil.ignore_patterns('runs', '.ipynb_checkpoints'))
-        for path in copy.rglob('*.ipynb'): clear(path)
         with jupyter_lab(copy, home) as lab:
-            change_and_run(browser, lab, copy, pictures)
+            too_early(browser, lab, copy)
             problems = list(run_notebooks(browser, lab, copy, notebooks, pictures))
+            change_and_run(browser, lab, copy, pictures)
     assert not problems, '\n'.join(problems)
 
 
