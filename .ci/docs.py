@@ -5,7 +5,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import yaml
+import nbformat, yaml
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 root = Path(__file__).resolve().parents[1]
 
@@ -20,8 +21,13 @@ def process():
     processors._do_eval = lambda cell: executes(cell) and ({'export', 'exports', 'exporti', 'exec_doc'} & set(cell.directives_) or processors._is_showdoc(cell))
     shutil.rmtree(root/'_proc', ignore_errors=True)  # else a page whose notebook is gone would stay
     nbdev.quarto.nbdev_proc_nbs.__wrapped__(n_workers=0)
+    join_streams(root/'_proc')
     cfg = get_config()
     links_between_pages(root/'_proc', f'{cfg.doc_host}{cfg.doc_baseurl}')
+
+def join_streams(folder):
+    "What a cell printed bit by bit is one block on its page, as in Jupyter"
+    for page in folder.rglob('*.ipynb'): nbformat.write(CoalesceStreamsPreprocessor().preprocess(nbformat.read(page, 4), {})[0], page)
 
 def links_between_pages(folder, site):
     "nbdev links names to the published site; link them to the pages of this build"
