@@ -147,9 +147,15 @@ def set_parameter(page, cell, old, new):
     page.keyboard.press('Control+a')
     page.keyboard.insert_text(source.replace(old, new))
 
-def outputs(notebook, kind):
-    "Errors ('error') or what went to stderr ('stderr') in the outputs of a saved notebook: number of the cell and text"
-    for i, cell in enumerate(json.loads(notebook.read_text())['cells']):
+def saved(notebook):
+    "Cells of a notebook as it was saved last; waits while JupyterLab is writing it"
+    while True:
+        try: return json.loads(notebook.read_text())['cells']
+        except json.JSONDecodeError: time.sleep(0.2)
+
+def outputs(cells, kind):
+    "Errors ('error') or what went to stderr ('stderr') in the outputs of cells: number of the cell and text"
+    for i, cell in enumerate(cells):
         for o in cell.get('outputs', ()):
             if o['output_type'] == kind == 'error': yield f"cell {i}: {o['ename']}: {o['evalue']}"
             elif o.get('name') == kind: yield f"cell {i}: {''.join(o['text']).strip()}"
@@ -162,7 +168,7 @@ def run_all(page, notebook, timeout=900):
     while time.time() < end:
         page.wait_for_timeout(1000)
         page.keyboard.press('Control+s')
-        cells, errors = json.loads(notebook.read_text())['cells'], list(outputs(notebook, 'error'))
+        errors = list(outputs(cells := saved(notebook), 'error'))
         if errors or all(c['execution_count'] for c in cells if c['cell_type'] == 'code' and ''.join(c['source']).strip()): return errors
     return [f'not done after {timeout} s']
 
@@ -177,7 +183,7 @@ def run_notebooks(browser, lab, folder, notebooks, pictures=None):
         page, start = new_page(browser, dict(width=1400, height=1000), []), time.time()
         open_notebook(page, lab, folder, path)
         errors = run_all(page, folder/path)
-        said = list(outputs(folder/path, 'stderr'))
+        said = list(outputs(saved(folder/path), 'stderr'))
         print(f'{path}: {time.time()-start:.0f} s', *errors, *said, sep='\n    ', flush=True)
         if pictures: page.screenshot(path=Path(pictures)/f"lab-{path.replace('/', '-').removesuffix('.ipynb')}.png")
         page.context.close()
