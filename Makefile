@@ -36,8 +36,8 @@ docs-serve: docs  ## look at the site, at http://localhost:8000
 docs-test: $(DOCS) docs  ## click through the site in Chromium
 	@$(BIN)/python .ci/browser.py site
 
-lab-test: $(DOCS) ## change a parameter of a pipeline notebook in JupyterLab, run it, look at the result; needs Chromium
-	@$(BIN)/python .ci/browser.py lab
+lab-test: $(DOCS) ## run notebooks in JupyterLab as a person would (NOTEBOOKS=all: the whole pipeline and library); needs Chromium
+	@$(BIN)/python .ci/browser.py lab $(NOTEBOOKS)
 
 clean:            ## remove the environment and built files; runs/ stays
 	rm -rf $(VENV) *.egg-info build _proc _docs

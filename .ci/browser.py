@@ -1,12 +1,13 @@
-"""Tests in a browser: `browser.py site` clicks through the documentation in _docs, `browser.py lab` works in JupyterLab.
+"""Tests in a browser: `browser.py site` clicks through the documentation in _docs, `browser.py lab [NOTEBOOK ...]` works in JupyterLab.
 `--pictures FOLDER` keeps what was seen. Drives the system's Chromium with Playwright."""
-import argparse, functools, http.server, os, re, shutil, socket, subprocess, sys, tempfile, threading, time
+import argparse, functools, http.server, json, os, re, shutil, socket, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
 WIDE, NARROW = dict(width=1280, height=900), dict(width=390, height=844)
 SEEN = {'home': 'index.html', 'api': '07_answers.html', 'tutorial': 'tutorials/getting_started.html', 'benchmark': 'benchmarks/learning.html'}
+SHORT = ('pipeline/prepare.ipynb', 'pipeline/index.ipynb', '06_prompts.ipynb', '07_answers.ipynb')  # what `lab` runs unless told otherwise
 
 
 @contextmanager
@@ -120,6 +121,23 @@ def jupyter_lab(folder, home):
         process.wait()
         log.close()
 
+def clear(notebook):
+    "Take outputs and execution counts out of a notebook"
+    nb = json.loads(notebook.read_text())
+    for cell in nb['cells']:
+        if cell['cell_type'] == 'code': cell.update(outputs=[], execution_count=None)
+    notebook.write_text(json.dumps(nb))
+
+def open_notebook(page, lab, folder, path):
+    "A notebook without outputs in a JupyterLab window of its own, its kernel ready; its cells"
+    clear(folder/path)
+    url, token = lab
+    page.goto(f'{url}/lab/workspaces/{Path(path).stem}/tree/{path}?{token}', timeout=120_000)
+    cells = page.locator('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook-cell')
+    cells.first.wait_for(timeout=120_000)
+    page.get_by_text(re.compile(r'\| Idle$')).first.wait_for(timeout=120_000)
+    return cells
+
 def set_parameter(page, cell, old, new):
     "Change a line of a cell as a person would: click into it, select all, type the changed text"
     text = cell.locator('.cm-content')
@@ -129,50 +147,94 @@ def set_parameter(page, cell, old, new):
     page.keyboard.press('Control+a')
     page.keyboard.insert_text(source.replace(old, new))
 
-def test_lab(pictures=None):
-    "In JupyterLab: open a pipeline notebook, change its parameters, run all cells, look at the result"
+def saved(notebook):
+    "Cells of a notebook as it was saved last; waits while JupyterLab is writing it"
+    while True:
+        try: return json.loads(notebook.read_text())['cells']
+        except json.JSONDecodeError: time.sleep(0.2)
+
+def outputs(cells, kind):
+    "Errors ('error') or what went to stderr ('stderr') in the outputs of cells: number of the cell and text"
+    for i, cell in enumerate(cells):
+        for o in cell.get('outputs', ()):
+            if o['output_type'] == kind == 'error': yield f"cell {i}: {o['ename']}: {o['evalue']}"
+            elif o.get('name') == kind: yield f"cell {i}: {''.join(o['text']).strip()}"
+
+def run_all(page, notebook, timeout=900):
+    "Run > Run All Cells, and save until every cell has run or one has failed; the errors"
+    page.get_by_role('menuitem', name='Run', exact=True).click()
+    page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
+    end = time.time() + timeout
+    while time.time() < end:
+        page.wait_for_timeout(1000)
+        page.keyboard.press('Control+s')
+        errors = list(outputs(cells := saved(notebook), 'error'))
+        if errors or all(c['execution_count'] for c in cells if c['cell_type'] == 'code' and ''.join(c['source']).strip()): return errors
+    return [f'not done after {timeout} s']
+
+def shut_down(browser, lab):
+    "End the kernels of all notebooks"
+    (url, token), request = lab, browser.new_context().request
+    for session in request.get(f'{url}/api/sessions?{token}').json(): request.delete(f"{url}/api/sessions/{session['id']}?{token}")
+
+def run_notebooks(browser, lab, folder, notebooks, pictures=None):
+    "Notebooks from top to bottom, each as it is opened for the first time; what went wrong: errors, in stages of the pipeline also warnings"
+    for path in notebooks:
+        page, start = new_page(browser, dict(width=1400, height=1000), []), time.time()
+        open_notebook(page, lab, folder, path)
+        errors = run_all(page, folder/path)
+        said = list(outputs(saved(folder/path), 'stderr'))
+        print(f'{path}: {time.time()-start:.0f} s', *errors, *said, sep='\n    ', flush=True)
+        if pictures: page.screenshot(path=Path(pictures)/f"lab-{path.replace('/', '-').removesuffix('.ipynb')}.png")
+        page.context.close()
+        shut_down(browser, lab)
+        yield from (f'{path}, {problem}' for problem in errors + (said if path.startswith('pipeline/') else []))
+
+def too_early(browser, lab, folder):
+    "A stage that is opened before the first one says which comes first"
+    page, path = new_page(browser, dict(width=1400, height=1000), []), 'pipeline/index.ipynb'
+    open_notebook(page, lab, folder, path)
+    assert 'run prepare.ipynb first' in ''.join(found := run_all(page, folder/path)), f'{path} was opened first and said: {found}'
+    page.context.close()
+    shut_down(browser, lab)
+
+def change_and_run(browser, lab, folder, pictures=None):
+    "Open a pipeline notebook, change a parameter, run all cells: does the table that it shows know the change?"
+    page, path = new_page(browser, dict(width=1400, height=1000), []), 'pipeline/prepare.ipynb'
+    cells = open_notebook(page, lab, folder, path)
+    set_parameter(page, cells.filter(has_text='run_dir: str').first, 'limit: int = 96 ', 'limit: int = 31 ')
+    assert not (found := run_all(page, folder/path)), '\n'.join(found)
+    assert 'limit: int = 31' in (folder/path).read_text(), 'the changed notebook was not saved'
+    table = cells.filter(has_text='split_report').locator('.jp-RenderedHTMLCommon table')
+    assert re.search(r'\b31\b', table.inner_text()), f'the table does not know the new limit:\n{table.inner_text()}'
+    table.scroll_into_view_if_needed()
+    if pictures: page.screenshot(path=Path(pictures)/'lab.png')
+    print(f'{path} with limit 31 ran to the end')
+
+def test_lab(pictures=None, notebooks=()):
+    "In JupyterLab: open a stage too early, run notebooks as they are, change a parameter of the first stage and run it"
+    library = sorted(p.name for p in (root/'nbs').glob('[0-9][0-9]_*.ipynb'))
+    pipeline = [f'pipeline/{name}.ipynb' for name in ('prepare', 'index', 'train', 'evaluate')]
+    notebooks = pipeline + library if 'all' in notebooks else notebooks or SHORT
     with tempfile.TemporaryDirectory() as tmp, chromium() as browser:
         copy, home = Path(tmp)/'nbs', Path(tmp)/'home'
         home.mkdir()
         shutil.copytree(root/'nbs', copy, ignore=shutil.ignore_patterns('runs', '.ipynb_checkpoints'))
-        with jupyter_lab(copy, home) as (url, token):
-            page = new_page(browser, dict(width=1400, height=1000), [])
-            page.goto(f'{url}/lab/tree/pipeline/prepare.ipynb?{token}', timeout=120_000)
-            cells = page.locator('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook-cell')
-            parameters = cells.filter(has_text='run_dir: str').first
-            parameters.wait_for(timeout=120_000)
-            set_parameter(page, parameters, 'limit: int = 96 ', 'limit: int = 31 ')
-            page.get_by_text(re.compile(r'\| Idle$')).first.wait_for(timeout=120_000)  # its kernel has started
-            page.get_by_role('menuitem', name='Run', exact=True).click()
-            page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
-            confirm = page.locator('.jp-Dialog .jp-mod-accept')  # which kernel? the one of the notebook
-            done = time.time() + 240
-            notebook = copy/'pipeline'/'prepare.ipynb'
-            while not (copy/'pipeline'/'runs'/'lab'/'pairs.parquet').exists():
-                if time.time() > done:
-                    if pictures: page.screenshot(path=Path(pictures)/'lab.png')
-                    raise AssertionError(f'the notebook did not finish:\n{cells.all_inner_texts()}')
-                if confirm.count(): confirm.first.click()
-                page.wait_for_timeout(500)
-            table = cells.filter(has_text='split_report').locator('.jp-RenderedHTMLCommon table')
-            table.get_by_role('row', name=re.compile('^train')).wait_for()
-            page.wait_for_timeout(1000)
-            assert re.search(r'\b31\b', table.inner_text()), f'the table does not know the new limit:\n{table.inner_text()}'
-            assert not page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').count(), 'a cell ended with an error'
-            page.keyboard.press('Control+s')
-            page.wait_for_timeout(1000)
-            assert 'limit: int = 31' in notebook.read_text(), 'the changed notebook was not saved'
-            table.scroll_into_view_if_needed()
-            if pictures: page.screenshot(path=Path(pictures)/'lab.png')
-    print('JupyterLab: prepare.ipynb with limit 31 ran to the end')
+        with jupyter_lab(copy, home) as lab:
+            too_early(browser, lab, copy)
+            problems = list(run_notebooks(browser, lab, copy, notebooks, pictures))
+            change_and_run(browser, lab, copy, pictures)
+    assert not problems, '\n'.join(problems)
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('test', choices=['site', 'lab'])
-    parser.add_argument('--pictures', metavar='FOLDER', help='keep pictures of what was seen')
-    args = parser.parse_args()
-    if args.pictures: Path(args.pictures).mkdir(parents=True, exist_ok=True)
-    try: dict(site=test_site, lab=test_lab)[args.test](args.pictures)
+    sub = parser.add_subparsers(dest='test', required=True)
+    site, lab = sub.add_parser('site', help='click through _docs'), sub.add_parser('lab', help='work in JupyterLab')
+    lab.add_argument('notebooks', nargs='*', metavar='NOTEBOOK', help=f"to run, relative to nbs, or 'all' of pipeline and library (default: {' '.join(SHORT)})")
+    for p in (site, lab): p.add_argument('--pictures', metavar='FOLDER', help='keep pictures of what was seen')
+    args = vars(parser.parse_args())
+    if args['pictures']: Path(args['pictures']).mkdir(parents=True, exist_ok=True)
+    try: dict(site=test_site, lab=test_lab)[args.pop('test')](**args)
     except AssertionError as e: sys.exit(f'FAILED {e}')
     print('ok')

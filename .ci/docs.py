@@ -1,11 +1,12 @@
 """The documentation site, made from the notebooks: `docs.py [FOLDER]` builds it in _docs (or FOLDER) and checks its pages and links.
 Quarto renders it where it is installed, otherwise smalldocs, which reads the same _quarto.yml."""
-import html, os, re, shutil, subprocess, sys
+import html, json, os, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import yaml
+import nbformat, yaml
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 root = Path(__file__).resolve().parents[1]
 
@@ -20,8 +21,13 @@ def process():
     processors._do_eval = lambda cell: executes(cell) and ({'export', 'exports', 'exporti', 'exec_doc'} & set(cell.directives_) or processors._is_showdoc(cell))
     shutil.rmtree(root/'_proc', ignore_errors=True)  # else a page whose notebook is gone would stay
     nbdev.quarto.nbdev_proc_nbs.__wrapped__(n_workers=0)
+    join_streams(root/'_proc')
     cfg = get_config()
     links_between_pages(root/'_proc', f'{cfg.doc_host}{cfg.doc_baseurl}')
+
+def join_streams(folder):
+    "What a cell printed bit by bit is one block on its page, as in Jupyter"
+    for page in folder.rglob('*.ipynb'): nbformat.write(CoalesceStreamsPreprocessor().preprocess(nbformat.read(page, 4), {})[0], page)
 
 def links_between_pages(folder, site):
     "nbdev links names to the published site; link them to the pages of this build"
@@ -110,6 +116,14 @@ def missing_pages():
     listed = set(sidebar_pages(yaml.safe_load((root/'_quarto.yml').read_text())['website']['sidebar']['contents']))
     return sorted({p.relative_to(root/'_proc').as_posix() for p in (root/'_proc').rglob('*.ipynb')} - listed)
 
+def lost_text():
+    "Notebooks with text in the cell of their title: nbdev takes title and description from it and drops the rest"
+    for path in sorted((root/'nbs').rglob('*.ipynb')):
+        if '.ipynb_checkpoints' in path.parts: continue
+        cells = [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'markdown']
+        title = next((c for c in cells if re.search(r'(?m)^# ', c)), '')
+        if re.sub(r'(?m)^(# |> |- \S+:).*', '', title).strip(): yield path.relative_to(root).as_posix()
+
 def build(folder=root/'_docs'):
     "Build and check the site; how many pages and what made it. AssertionError with what is wrong"
     from nbdev.config import get_config
@@ -117,6 +131,7 @@ def build(folder=root/'_docs'):
     process()
     made_by = render(folder)
     problems = [f'{p} is not in the sidebar of _quarto.yml' for p in missing_pages()]
+    problems += [f'{p}: the site drops the text in the cell of its title; put it into a cell of its own' for p in lost_text()]
     problems += sorted(set(link_problems(folder, get_config().git_url)))
     assert not problems, '\n'.join(problems)
     return len(list(folder.rglob('*.html'))), made_by

@@ -10,12 +10,12 @@ import io, warnings, zipfile
 from contextlib import nullcontext
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 from .config import atomic_write, content_hash
 from .models import encode, model_fingerprint, token_batches
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 # %% ../nbs/08_embeddings.ipynb #32f8a369
 def _tokens(tokenizer, texts, longest: int # most tokens that the model reads
@@ -88,6 +88,14 @@ def _pooled(decoder,
     return ((states * mask).sum(1) / mask.sum(1)).cpu().numpy()
 
 # %% ../nbs/08_embeddings.ipynb #86032539
+def _pooled_in_memory(decoder, sequences, layer, special) -> np.ndarray: # (n, hidden) float32
+    "`_pooled`, in halves where a batch does not fit into memory; RuntimeError if not even one text does"
+    try: return _pooled(decoder, sequences, layer, special)
+    except torch.OutOfMemoryError:   # try again outside of this block, which holds on to the tensors of the failed pass
+        if len(sequences) == 1: raise RuntimeError(f'out of memory while embedding a single text of {len(sequences[0])} tokens') from None
+    half = len(sequences)//2
+    return np.concatenate([_pooled_in_memory(decoder, s, layer, special) for s in (sequences[:half], sequences[half:])])
+
 def _embed(model, sequences, layer, batch_tokens, special) -> np.ndarray: # (n, hidden) float32
     "Vectors of token sequences, adapter off; shows a progress bar if it takes more than three seconds"
     decoder, layer = _decoder(model, layer)
@@ -98,11 +106,8 @@ def _embed(model, sequences, layer, batch_tokens, special) -> np.ndarray: # (n, 
         with (model.disable_adapter() if isinstance(model, PeftModel) else nullcontext(),
               tqdm(total=len(sequences), desc='embedding', unit=' texts', delay=3, leave=False) as bar):
             for batch in token_batches([len(s) for s in sequences], batch_tokens):
-                out[batch] = _pooled(decoder, [sequences[i] for i in batch], layer, special)
+                out[batch] = _pooled_in_memory(decoder, [sequences[i] for i in batch], layer, special)
                 bar.update(len(batch))
-    except torch.OutOfMemoryError as e:
-        raise RuntimeError(f'out of memory while embedding batches of {batch_tokens} tokens: '
-                           f'try batch_tokens={batch_tokens//4}') from e
     finally: model.train(was_training)
     return out
 
@@ -155,28 +160,26 @@ def embed_texts(model,                    # causal language model, on any device
     return np.stack([known[keys[s]] for s in sequences])
 
 # %% ../nbs/08_embeddings.ipynb #3c633d32
-def normalize(vectors,         # (n, h)
-              center=None,     # (h,) to subtract, such as the mean of the training contracts' vectors; None: nothing
-              unit: bool=True  # scale each to length 1
-             ) -> np.ndarray:  # (n, h) float32
+def normalize(vectors,        # (n, h)
+              center=None     # (h,) to subtract, such as the mean of the training contracts' vectors; None: nothing
+             ) -> np.ndarray: # (n, h) float32
     "Centred vectors of unit length; ValueError if a length is zero or the shapes differ"
     v = np.asarray(vectors, dtype=np.float32)
     if v.ndim != 2: raise ValueError(f'expected vectors (n, h), got shape {v.shape}')
     if center is not None:
         if np.shape(center) != v.shape[1:]: raise ValueError(f'center has shape {np.shape(center)}, vectors {v.shape}')
         v = v - np.asarray(center, dtype=np.float32)
-    if not unit: return v
     length = np.linalg.norm(v, axis=1, keepdims=True)
     if not (length > 0).all():
         raise ValueError(f'vector {np.flatnonzero(~(length > 0))[0]} has length zero or NaN and no direction')
     return v / length
 
 # %% ../nbs/08_embeddings.ipynb #bf2d97d5
-def pair_vectors(pairs: pd.DataFrame,          # n pairs
-                 vectors: dict,                # text: its vector (h,)
-                 columns=('contract_a_title', 'contract_b_title') # where the texts of both contracts are
-                ) -> np.ndarray:               # (n, 2h) float32: [vector of contract a | vector of contract b]
-    "Both contracts' vectors side by side; ValueError names a text that has none"
+def pair_vectors(pairs: pd.DataFrame, # n pairs
+                 vectors: dict        # title: its vector (h,)
+                ) -> np.ndarray:      # (n, 2h) float32: [vector of contract a | vector of contract b]
+    "Both contracts' vectors side by side; ValueError names a title that has none"
+    columns = ('contract_a_title', 'contract_b_title')
     missing = [(row, t) for c in columns for row, t in pairs[c].items() if t not in vectors]
     if missing: raise ValueError(f'row {missing[0][0]}: no vector for {missing[0][1]!r} ({len(missing)} such texts)')
     h = len(next(iter(vectors.values()), ()))

@@ -7,6 +7,17 @@ __all__ = ['EMBEDDED_PACKAGE', 'EMBEDDED_FILE', 'EMBEDDED_SHA256', 'tiny_tokeniz
            'embedded_folder', 'load_tokenizer', 'load_model', 'encode', 'token_batches', 'add_lora',
            'model_fingerprint']
 
+# %% ../nbs/05_models.ipynb #bfe75221
+import logging, warnings
+
+def _silence(logger: str, start: str):
+    "Drop the messages of a logger that begin so"
+    logging.getLogger(logger).addFilter(lambda record: not record.getMessage().startswith(start))
+
+_silence('bitsandbytes.backends.cpu.ops', 'Failed to load CPU gemm_4bit_forward')  # an optional kernel; NF4 works without it
+_silence('transformers.trainer_utils', 'mtime may not be reliable')                # checkpoints in the same second: ordered by step instead
+warnings.filterwarnings('ignore', '`is_gradient_checkpointing` is deprecated', FutureWarning)  # peft still asks for it
+
 # %% ../nbs/05_models.ipynb #77184cda
 import hashlib, importlib.util, os, tempfile, weakref
 from pathlib import Path
@@ -128,6 +139,7 @@ def load_model(name: str,                       # hub id, folder, 'embedded', 't
     if name.split(':')[0] == 'tiny':
         model = tiny_model(len(load_tokenizer(name)))
         model.config.name_or_path = name
+        model.set_attn_implementation(attn)
         if not quantize: return model.to(device, dtype)
         with tempfile.TemporaryDirectory() as folder:  # quantization happens while loading
             model.save_pretrained(folder)
@@ -177,8 +189,8 @@ def encode(tokenizer: PreTrainedTokenizerBase,
     return [start + list(i) for i in ids]
 
 # %% ../nbs/05_models.ipynb #532e68a3
-def token_batches(lengths: list[int],# tokens of each sequence
-                          batch_tokens: int  # most tokens in a batch, padding included; a longer text gets a batch of its own
+def token_batches(lengths: list[int],  # tokens of each sequence
+                  batch_tokens: int    # most tokens in a batch, padding included; a longer text gets a batch of its own
                  ) -> list[list[int]]:
     "Places of the sequences of each batch, long ones first"
     batches, width = [], 0

@@ -50,7 +50,7 @@ def _line(title: str) -> str:
 
 def make_prompt(title_a: str,           # title of the first contract
                 title_b: str,           # title of the second contract
-                 neighbours: list[dict]=(), # similar pairs, nearest first: contract_a_title, contract_b_title, value, swapped
+                neighbours: list[dict]=(), # similar pairs, nearest first: contract_a_title, contract_b_title, value, swapped
                 nearest_last: bool=True    # show them in reverse: the nearest stands next to the question
                ) -> str:
     "The prompt for a pair, to be followed by `ANSWER_PREFIX` and the number"

@@ -21,14 +21,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.training_args import OptimizerNames
 from .answers import AnswerDistribution, AnswerGrid, model_inputs, tree_batch, tree_log_probs
 from .config import atomic_dir, atomic_write, content_hash, fsync_tree
 from .embeddings import decoder_of, hidden_states
 from .losses import REGRESSION_LOSSES, number_ce, regression_loss, soft_targets, token_ce
 from .models import encode, model_fingerprint
 from .prompts import make_prompt, prompt_fingerprint, row_completion
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.training_args import OptimizerNames
 
 # %% ../nbs/11_training.ipynb #9ec08910
 @dataclass
