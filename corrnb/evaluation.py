@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['WITHIN', 'LEVELS', 'MIN_ROWS', 'NAMES', 'SIZES', 'MIN_CONTRACTS', 'COLOURS', 'MARKERS', 'LINES', 'AXES', 'PARTS',
-           'regression_metrics', 'crps', 'central_interval', 'distribution_scores', 'distribution_metrics',
+           'weighted_metrics', 'regression_metrics', 'distribution_scores', 'distribution_metrics',
            'label_distribution', 'label_ceiling', 'contract_folds', 'keyword_retrieval', 'kernel_ridge', 'tfidf_ridge',
            'symmetric_vectors', 'vector_ridge', 'knn_mean', 'baseline_predictions', 'training_distribution',
            'metrics_table', 'format_table', 'strata', 'strata_table', 'side_by_side', 'save_metrics', 'node_weights',
-           'weighted_metrics', 'bootstrap_intervals', 'paired_difference', 'plot_predictions', 'plot_metrics',
-           'plot_intervals', 'plot_distance', 'plot_losses', 'plot_calibration', 'example_rows', 'plot_examples']
+           'bootstrap_intervals', 'paired_difference', 'verdict', 'plot_predictions', 'plot_intervals', 'plot_distance',
+           'plot_losses', 'plot_calibration', 'example_rows', 'plot_examples']
 
 # %% ../nbs/13_evaluation.ipynb #9588089c
 import json, math, re, time, warnings
@@ -17,10 +17,9 @@ import numpy as np
 import pandas as pd
 import matplotlib.pyplot as plt
 import torch
-from scipy.stats import norm, pearsonr, spearmanr
+from scipy.stats import norm
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.kernel_ridge import KernelRidge
-from sklearn.metrics import accuracy_score, mean_absolute_error, mean_squared_error, r2_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import KernelCenterer, StandardScaler
@@ -46,23 +45,47 @@ def _checked(**columns): # array-likes by name, all of one length
     return list(arrays.values())
 
 # %% ../nbs/13_evaluation.ipynb #4d672c93
+def _correlation(a, b, w):
+    "Covariance and variances of weighted rows, weights (replicates, n) summing to 1; `a` and `b` of shape (n,) or (replicates, n)"
+    a, b = [x - (w * x).sum(1, keepdims=True) for x in (a, b)]
+    return (w * a * b).sum(1), (w * a * a).sum(1), (w * b * b).sum(1)
+
+def _weighted_ranks(x, weights):
+    "Mid-ranks of `x` (n,) when each row occurs as often as its weight, (replicates, n)"
+    _, place = np.unique(x, return_inverse=True)
+    order = np.argsort(place, kind="stable")
+    total = np.add.reduceat(weights[:, order], np.flatnonzero(np.diff(place[order], prepend=-1)), axis=1)
+    return (total.cumsum(1) - (total - 1) / 2)[:, place]
+
+# %% ../nbs/13_evaluation.ipynb #aaefee43
 WITHIN = (0.1, 0.2, 0.3) # errors that count as near
+
+def weighted_metrics(
+    y_true, # true values, shape (n,)
+    y_pred, # predicted values, shape (n,)
+    weights, # how often each row occurs, shape (replicates, n)
+) -> dict: # of arrays (replicates,), NaN where a metric is not defined
+    "Point metrics for many weightings of the same rows. ValueError on NaN or unequal lengths."
+    y, p = _checked(y_true=y_true, y_pred=y_pred)
+    w = np.atleast_2d(weights) / np.sum(weights, axis=-1, keepdims=True)
+    error, signed, small = np.abs(p - y), w @ (y != 0), 1e-18
+    cov, var_y, var_p = _correlation(y, p, w)
+    ranks = _correlation(*(_weighted_ranks(x, np.atleast_2d(weights)) for x in (y, p)), w)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        flat_y, flat = np.where(var_y > small, 1, np.nan), np.where((var_y > small) & (var_p > small), 1, np.nan)
+        return {"mae": w @ error, "rmse": np.sqrt(w @ error**2), "r2": 1 - w @ error**2 / var_y * flat_y,
+                **{f"accuracy_within_{a}": w @ (error <= a + 1e-6) for a in WITHIN},
+                "sign_accuracy": np.where(signed > small, w @ ((np.sign(y) == np.sign(p)) & (y != 0)) / signed, np.nan),
+                "pearson": cov / np.sqrt(var_y * var_p) * flat, "spearman": ranks[0] / np.sqrt(ranks[1] * ranks[2]) * flat,
+                "concordance": 2 * cov / (var_y + var_p + (w @ (y - p))**2) * flat_y, "sd_ratio": np.sqrt(var_p / var_y) * flat_y}
 
 def regression_metrics(
     y_true, # true values, shape (n,)
     y_pred, # predicted values, shape (n,)
 ) -> dict: # n, mae, rmse, r2, accuracy_within_0.1, _0.2, _0.3, sign_accuracy, pearson, spearman, concordance, sd_ratio; None: not defined
     "Point metrics of one forecast; `r2` = 1 - SSE/SST with SST around the mean of `y_true`. ValueError on NaN or unequal lengths."
-    y, p = _checked(y_true=y_true, y_pred=y_pred)
-    varies, moves, signed = np.ptp(y) > 1e-9, np.ptp(p) > 1e-9, y != 0
-    both = varies and moves
-    spread = 2 * np.cov(y, p, bias=True)[0, 1] / (y.var() + p.var() + (y.mean() - p.mean())**2) if varies else None
-    return {"n": len(y), "mae": float(mean_absolute_error(y, p)), "rmse": math.sqrt(mean_squared_error(y, p)),
-            "r2": float(r2_score(y, p)) if varies else None,
-            **{f"accuracy_within_{a}": float(np.mean(np.abs(p - y) <= a + 1e-6)) for a in WITHIN},
-            "sign_accuracy": float(accuracy_score(np.sign(y[signed]), np.sign(p[signed]))) if signed.any() else None,
-            "pearson": float(pearsonr(y, p).statistic) if both else None, "spearman": float(spearmanr(y, p).statistic) if both else None,
-            "concordance": None if spread is None else float(spread), "sd_ratio": float(p.std() / y.std()) if varies else None}
+    found = {k: v.item() for k, v in weighted_metrics(y_true, y_pred, np.ones((1, len(y_true)))).items()}
+    return {"n": len(y_true), **{k: None if math.isnan(v) else v for k, v in found.items()}}
 
 # %% ../nbs/13_evaluation.ipynb #901dcfe7
 def _check_grid(probabilities, values):
@@ -84,24 +107,6 @@ def _distribution(probabilities, values) -> AnswerDistribution:
     return AnswerDistribution(torch.tensor(x), torch.tensor(p).log())
 
 # %% ../nbs/13_evaluation.ipynb #4c8ee398
-def crps(
-    probabilities, # predictive distributions on the grid, shape (n, len(values)); each row sums to 1
-    values, # increasing grid values, shape (len(values),)
-    y, # true values, shape (n,); need not lie on the grid
-) -> np.ndarray: # one score per row in units of y, shape (n,); 0 is perfect
-    "Exact continuous ranked probability score of discrete forecasts (Gneiting and Raftery 2007, equation 21)."
-    return _distribution(probabilities, values).crps(torch.tensor(np.array(y, dtype=float))).numpy()
-
-# %% ../nbs/13_evaluation.ipynb #8ef28807
-def central_interval(
-    probabilities, # predictive distributions, shape (n, len(values))
-    values, # increasing grid values
-    level=0.9, # mass between the ends, in (0, 1)
-) -> tuple[np.ndarray, np.ndarray]: # lower and upper ends, each of shape (n,)
-    "Ends of the central intervals: the quantiles (1 - level)/2 and (1 + level)/2, both grid values."
-    return tuple(end.numpy() for end in _distribution(probabilities, values).interval(level))
-
-# %% ../nbs/13_evaluation.ipynb #d8beaad2
 LEVELS = (0.5, 0.8, 0.9) # central intervals to judge
 
 def distribution_scores(
@@ -111,12 +116,13 @@ def distribution_scores(
     levels=LEVELS, # of the central intervals
 ) -> pd.DataFrame: # a line per row: crps, and for each level coverage_NN (1: inside) and width_NN (units of y)
     "CRPS and intervals of each row; ValueError names a row that is no distribution or a missing y."
-    p, x = _check_grid(probabilities, values)
-    y, _ = _checked(y=y, probabilities=p[:, 0])
+    dist = _distribution(probabilities, values)
+    y, _ = _checked(y=y, probabilities=dist.probs[:, 0])
+    x = dist.values.numpy()
     nearest = x[np.abs(x - y[:, None]).argmin(1)]
-    result = {"crps": crps(p, x, y)}
+    result = {"crps": dist.crps(torch.tensor(y)).numpy()}
     for level in levels:
-        lower, upper = central_interval(p, x, level)
+        lower, upper = (end.numpy() for end in dist.interval(level))
         result[f"coverage_{100*level:g}"] = ((lower <= nearest) & (nearest <= upper)).astype(float)
         result[f"width_{100*level:g}"] = upper - lower
     return pd.DataFrame(result)
@@ -388,6 +394,7 @@ def strata(
         result["venues"] = [" | ".join(sorted(set(v))) for v in both.to_numpy()]
     return pd.DataFrame(result, index=rows.index)
 
+# %% ../nbs/13_evaluation.ipynb #97355873
 def strata_table(
     rows: pd.DataFrame, predictions, target: str, scores=None, # as for `metrics_table`
 ) -> pd.DataFrame: # columns stratum, value, method and the metrics; NaN with a note where a stratum has fewer than `MIN_ROWS` rows
@@ -440,38 +447,6 @@ def node_weights(
         weights = part[:, a] * np.where(a == b, 1, part[:, b])
         yield weights[weights.sum(1) > 0]
 
-# %% ../nbs/13_evaluation.ipynb #5f644060
-def _correlation(a, b, w):
-    "Covariance and variances of weighted rows, weights (replicates, n) summing to 1; `a` and `b` of shape (n,) or (replicates, n)"
-    a, b = [x - (w * x).sum(1, keepdims=True) for x in (a, b)]
-    return (w * a * b).sum(1), (w * a * a).sum(1), (w * b * b).sum(1)
-
-def _weighted_ranks(x, weights):
-    "Mid-ranks of `x` (n,) when each row occurs as often as its weight, (replicates, n)"
-    _, place = np.unique(x, return_inverse=True)
-    order = np.argsort(place, kind="stable")
-    total = np.add.reduceat(weights[:, order], np.flatnonzero(np.diff(place[order], prepend=-1)), axis=1)
-    return (total.cumsum(1) - (total - 1) / 2)[:, place]
-
-def weighted_metrics(
-    y_true, # true values, shape (n,)
-    y_pred, # predicted values, shape (n,)
-    weights, # how often each row occurs, shape (replicates, n)
-) -> dict: # of arrays (replicates,), NaN where a metric is not defined
-    "The metrics of `regression_metrics` for many weightings of the same rows."
-    y, p = _checked(y_true=y_true, y_pred=y_pred)
-    w = np.atleast_2d(weights) / np.sum(weights, axis=-1, keepdims=True)
-    error, signed, small = np.abs(p - y), w @ (y != 0), 1e-18
-    cov, var_y, var_p = _correlation(y, p, w)
-    ranks = _correlation(*(_weighted_ranks(x, np.atleast_2d(weights)) for x in (y, p)), w)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        flat_y, flat = np.where(var_y > small, 1, np.nan), np.where((var_y > small) & (var_p > small), 1, np.nan)
-        return {"mae": w @ error, "rmse": np.sqrt(w @ error**2), "r2": 1 - w @ error**2 / var_y * flat_y,
-                **{f"accuracy_within_{a}": w @ (error <= a + 1e-6) for a in WITHIN},
-                "sign_accuracy": np.where(signed > small, w @ ((np.sign(y) == np.sign(p)) & (y != 0)) / signed, np.nan),
-                "pearson": cov / np.sqrt(var_y * var_p) * flat, "spearman": ranks[0] / np.sqrt(ranks[1] * ranks[2]) * flat,
-                "concordance": 2 * cov / (var_y + var_p + (w @ (y - p))**2) * flat_y, "sd_ratio": np.sqrt(var_p / var_y) * flat_y}
-
 # %% ../nbs/13_evaluation.ipynb #f3da2875
 MIN_CONTRACTS = 10 # groups of contracts that an interval needs at least
 
@@ -484,6 +459,7 @@ def _limits(replicates, groups, level=0.95):
         warnings.simplefilter("ignore", RuntimeWarning)   # columns without any number
         return np.nanquantile(replicates, tails, axis=0)
 
+# %% ../nbs/13_evaluation.ipynb #de0144c5
 def bootstrap_intervals(
     rows: pd.DataFrame, # pairs frame with the target; contract and event ids, as far as they are known, make the groups
     predictions, # dict or frame: one column of predictions per method, in the order of `rows`
@@ -536,6 +512,24 @@ def paired_difference(
             "difference": float(difference.mean()), "lower": None if np.isnan(lower) else float(lower),
             "upper": None if np.isnan(upper) else float(upper), "note": _FEW if len(y) < MIN_ROWS or size < MIN_CONTRACTS else ""}
 
+# %% ../nbs/13_evaluation.ipynb #59959ed7
+def verdict(
+    intervals: pd.DataFrame, # as from `bootstrap_intervals`, with `model` as the baseline
+    best, # the method that matters most, such as the best baseline on validation rows
+    model="model", # the method that is judged
+) -> str: # a few lines; without differences where there are too few rows or contracts to judge
+    "In words: does a method have a smaller mean absolute error than the others, by how much, and how sure is that."
+    part = intervals.xs("mae", level="metric")
+    its, d = part.value[model], part.loc[best]
+    first = f"MAE of {model} {its:.3f}, of {best}, the best baseline on validation rows, {d.value:.3f}: {model} is "
+    first += f"{abs(d.difference):.3f} {'better' if d.difference > 0 else 'worse'}"
+    if d.note or math.isnan(d.difference_lower): return f"{first}, but there are too few rows or contracts to judge"
+    sure = np.select([part.difference_lower > 0, part.difference_upper < 0], ["better than", "worse than"], "cannot be told from")
+    lines = [f"{first} (95 % interval {d.difference_lower:+.3f} to {d.difference_upper:+.3f}, above 0: better)"]
+    for kind in ("better than", "cannot be told from", "worse than"):
+        if names := [m for m, k in zip(part.index, sure) if k == kind and m != model]: lines.append(f"{model} {'' if 'told' in kind else 'is surely '}{kind} {', '.join(names)}")
+    return "\n".join(lines)
+
 # %% ../nbs/13_evaluation.ipynb #f42f6662
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000") # Okabe and Ito 2008
 MARKERS, LINES = "osD^vPX", ("-", "--", "-.", ":", (0, (6, 2)), (0, (1, 3)), (0, (4, 1, 1, 1, 1, 1)))
@@ -569,43 +563,20 @@ def plot_predictions(
     return ax
 
 # %% ../nbs/13_evaluation.ipynb #759b5d6b
-def plot_metrics(
-    table: pd.DataFrame, # as from `metrics_table`
-    metric="mae", # column to show
-    title=None, # of the figure; None names the metric
-    ax=None, # axes to draw on; None makes a figure
-): # the axes
-    "Point chart of one metric by method, one marker per group of the table; hollow where there are too few rows to judge."
-    _need(table, metric)
-    name = AXES.get(metric, metric.replace("_", " "))
-    methods, by = list(dict.fromkeys(table.method)), list(table.columns[:table.columns.get_loc("method")])
-    ax = ax or plt.subplots(figsize=(7, 1.2 + 0.34 * len(methods)), layout="constrained")[1]
-    parts = list(table.groupby(by, sort=False)); count = len(parts)
-    for i, (key, part) in enumerate(parts):
-        label = f"{' '.join(map(str, key))} (n = {part.n.iloc[0]})"
-        height = [methods.index(m) + 0.6 * (i - (count - 1) / 2) / count for m in part.method]
-        colour = COLOURS[i % 7]
-        ax.plot(part[metric], height, MARKERS[i % 7], color=colour, ms=6, label=label, mfc="none" if part.note.iloc[0] else colour)
-    ax.set(yticks=range(len(methods)), yticklabels=methods, xlabel=name, title=title or f"{name.split(' (')[0]} by method")
-    ax.invert_yaxis(); ax.grid(axis="x", color="0.9"); ax.set_axisbelow(True)
-    if metric in ("mae", "rmse", "crps"): ax.set_xlim(left=0)
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return ax
-
 AXES = {"mae": "Mean absolute error (correlation units)", "rmse": "Root mean squared error (correlation units)", "r2": "R2 (1 - SSE/SST)",
         "accuracy_within_0.2": "Share of rows within 0.2", "sd_ratio": "SD of predictions / SD of labels",
         "crps": "CRPS (correlation units)", "coverage_90": "Share of rows inside the 90 % interval"}
 
-# %% ../nbs/13_evaluation.ipynb #f2078171
 def plot_intervals(
     intervals: pd.DataFrame, # as from `bootstrap_intervals`, with a baseline
     metric="mae", # which metric
     title=None, # of the figure
-    baseline="the baseline", # its name, for the axis
+    baseline="the baseline", # its name
 ): # the figure
-    "Left each method's metric with its 95 % interval, right its paired difference to the baseline."
+    "Left each method's metric with its 95 % interval, right its paired difference to the baseline; the best on top."
     if metric not in intervals.index.get_level_values("metric"): raise ValueError(f"the intervals hold no metric {metric}")
-    part = intervals.xs(metric, level="metric").dropna(subset="value")
+    error = metric in ("mae", "rmse", "crps")
+    part = intervals.xs(metric, level="metric").dropna(subset="value").sort_values("value", ascending=error)
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 1.3 + 0.3 * len(part)), sharey=True, layout="constrained")
     for ax, value, ends in ((left, "value", ["lower", "upper"]), (right, "difference", ["difference_lower", "difference_upper"])):
         ax.hlines(range(len(part)), *part[ends].to_numpy().T, color=COLOURS[0], lw=2)
@@ -614,7 +585,8 @@ def plot_intervals(
     right.axvline(0, color="0.3", lw=1, ls="--")
     name = AXES.get(metric, metric.replace("_", " "))
     left.set(yticks=range(len(part)), yticklabels=part.index, xlabel=name); left.invert_yaxis()
-    right.set(xlabel=f"difference to {baseline}")
+    for text in left.get_yticklabels(): text.set_weight("bold" if text.get_text() == baseline else "normal")
+    right.set(xlabel=f"difference to {baseline} (right of 0: {'worse' if error else 'better'})")
     fig.suptitle(title or f"{name.split(' (')[0]} with 95 % intervals from resampled contracts", fontsize=11)
     return fig
 
@@ -705,6 +677,17 @@ def example_rows(
     errors, = _checked(errors=errors)
     return np.argsort(errors, kind="stable")[np.unique(np.linspace(0, len(errors) - 1, n).round().astype(int))]
 
+# %% ../nbs/13_evaluation.ipynb #06030aaa
+def _write_example(ax, row, pairs):
+    "Titles of a pair and, below, of its similar pairs with their values"
+    cut = lambda t, n: t if len(t) <= n else t[:n - 1] + "…"
+    lines = [cut(row.contract_a_title, 88), cut(row.contract_b_title, 88)]
+    for n in pairs: lines += [f"   {n['value']:+.2f}  {cut(n['contract_a_title'], 84)}", f"              {cut(n['contract_b_title'], 84)}"]
+    if not pairs: lines += ["   no similar pairs were shown"]
+    ax.text(0, 1, "\n".join(lines[:2]), fontsize=9, weight="bold", va="top", parse_math=False, transform=ax.transAxes)
+    ax.text(0, 0.98, "\n\n" + "\n".join(lines[2:]), fontsize=8.5, va="top", parse_math=False, transform=ax.transAxes, linespacing=1.35)
+    ax.axis("off")
+
 def plot_examples(
     rows: pd.DataFrame, # a few pairs with titles
     probabilities, # their predictive distributions, shape (len(rows), len(values))
@@ -734,13 +717,3 @@ def plot_examples(
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     fig.suptitle(title, fontsize=11)
     return fig
-
-def _write_example(ax, row, pairs):
-    "Titles of a pair and, below, of its similar pairs with their values"
-    cut = lambda t, n: t if len(t) <= n else t[:n - 1] + "…"
-    lines = [cut(row.contract_a_title, 88), cut(row.contract_b_title, 88)]
-    for n in pairs: lines += [f"   {n['value']:+.2f}  {cut(n['contract_a_title'], 84)}", f"              {cut(n['contract_b_title'], 84)}"]
-    if not pairs: lines += ["   no similar pairs were shown"]
-    ax.text(0, 1, "\n".join(lines[:2]), fontsize=9, weight="bold", va="top", parse_math=False, transform=ax.transAxes)
-    ax.text(0, 0.98, "\n\n" + "\n".join(lines[2:]), fontsize=8.5, va="top", parse_math=False, transform=ax.transAxes, linespacing=1.35)
-    ax.axis("off")

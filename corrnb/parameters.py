@@ -211,7 +211,8 @@ NOT_NEGATIVE = ('limit', 'limit_held_out', 'samples', 'rag_top_k', 'regression_l
 POSITIVE = ('num_train_epochs', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'learning_rate', 'lora_r', 'lora_alpha',
             'checks_per_epoch', 'eval_batch_tokens')
 SHARES = ('neighbour_dropout',)
-CHOICES = {'split_by': ('contract', 'random', 'time'), 'regression_loss_type': ('mse', 'mae', 'huber', 'crps')}
+CHOICES = {'split_by': ('contract', 'random', 'time'), 'regression_loss_type': ('mse', 'mae', 'huber', 'crps'),
+           'comparisons': ('linear_head', 'cross_entropy')}
 
 def check_value(
     name: str,   # of a parameter
@@ -221,7 +222,8 @@ def check_value(
     if name in NOT_NEGATIVE and value < 0: raise ParameterError(f'{name} must not be negative, but is {value}')
     if name in POSITIVE and value <= 0: raise ParameterError(f'{name} must be positive, not {value}')
     if name in SHARES and not 0 <= value <= 1: raise ParameterError(f'{name} is a share between 0 and 1, not {value}')
-    if name in CHOICES and value not in CHOICES[name]: raise ParameterError(f'{name} is one of {", ".join(CHOICES[name])}, not {value!r}')
+    for v in value if isinstance(value, list) else [value]:
+        if name in CHOICES and v not in CHOICES[name]: raise ParameterError(f'{name} is one of {", ".join(CHOICES[name])}, not {v!r}')
     if name == 'embedding_layers' and not value: raise ParameterError('embedding_layers must name at least one layer')
     for tracker in value if name == 'report_to' else []: check_tracker(tracker)
     return value

@@ -237,7 +237,7 @@ def sweep_results(
 
 # %% ../nbs/16_sweeps.ipynb #23b160d3
 SEEDS = ('seed', 'split_seed')                      # runs that differ in these alone are repetitions
-VOICES = ('model', 'language_model', 'neighbours')  # methods that training changes
+VOICES = ('model', 'language_model', 'neighbours', 'linear_head', 'cross_entropy')  # methods that training changes
 FIGURES = {'mae': 'MAE', 'r2': 'R2', 'accuracy_within_0.2': 'within 0.2', 'crps': 'CRPS', 'coverage_90': '90 % coverage',
            'calibration_error': 'calibration error', 'seconds': 'training (s)', 'tokens_per_second': 'tokens/s',
            'peak_memory_gb': 'peak memory (GB)'}

@@ -14,11 +14,10 @@ from corrnb.data import add_novelty, check_pairs, contract_kfold, read_pairs, sp
 from corrnb.demo import simulate_market
 from corrnb.evaluation import baseline_predictions, distribution_metrics, regression_metrics
 from corrnb.inference import MIXTURE_NEIGHBOURS, CorrelationPredictor, Mixture, fit_mixture
-from corrnb.losses import number_ce, regression_loss
 from corrnb.models import add_lora, load_model, load_tokenizer
 from corrnb.prompts import ANSWER_PREFIX
 from corrnb.rag import PairRetriever, neighbour_arrays
-from corrnb.training import RegressionAugmentedTrainer, TrainingConfig, TrainingRows, make_trainer
+from corrnb.training import LinearHead, RegressionAugmentedTrainer, TrainingConfig, TrainingRows, make_trainer
 
 TARGET, FOLDS = 'price_correlation', 5
 BASE = dict(num_train_epochs=3, per_device_train_batch_size=4, learning_rate=2e-4, text_loss_weight=0, lora_r=8, lora_alpha=16, lora_last_layers=12,
@@ -50,22 +49,6 @@ def data(name: str) -> pd.DataFrame:
     folder = Path(os.environ['CORRNB_DATA_DIR'])/kind
     pairs = read_pairs(folder/'pairs.csv', TARGET, folder/'contracts.csv' if kind == 'events' else None)
     return contract_split(pairs, int(fold[0])) if fold else split_pairs(pairs, 'contract')
-
-class LinearHead(RegressionAugmentedTrainer):
-    "The usual alternative: a linear layer on the hidden state before the number, with a Gaussian of learned width around it on the same grid"
-    def __init__(self, model, *args, **kwargs):
-        torch.manual_seed(kwargs['config'].seed)
-        model.number_head = torch.nn.Linear(model.config.hidden_size, 1)
-        model.number_log_width = torch.nn.Parameter(torch.tensor(-1.))
-        super().__init__(model, *args, **kwargs)
-        model.get_output_embeddings().register_forward_pre_hook(lambda module, args: setattr(self, 'states', args[0]))
-
-    def row_losses(self, model, inputs):
-        self._logits(model, inputs, self.grid.n_nodes)
-        centre, values = torch.tanh(model.number_head(self.states[:, -self.grid.n_nodes].float())), self.grid.values
-        dist = AnswerDistribution(values, torch.log_softmax(-((values - centre)/model.number_log_width.exp())**2/2, -1))
-        return dict(number=number_ce(dist.log_probs, self.grid.index(inputs['values'])), text=torch.zeros(()),
-                    regression=regression_loss(dist, inputs['values'], self.config.regression_loss_type)), dist
 
 def experiment(dataset: str, k: int=0, seed: int=0, train: bool=True, test: bool=True, head: bool=False, layers: tuple=(6, -1), **settings) -> dict:
     "Fine-tune, predict the validation rows (and the test rows), and return everything that the tables need"
