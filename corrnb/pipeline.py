@@ -121,6 +121,8 @@ def write_report(
 # %% ../nbs/15_pipeline.ipynb #47027936
 class _ThisPython(AsyncKernelManager):
     "A kernel manager that knows one kernel: the running interpreter"
+    @default('transport')
+    def _no_ports(self): return 'ipc' if os.name == 'posix' else 'tcp'     # two kernels that start at once may be given the same port
     @default('kernel_spec_manager')
     def _no_other_kernels(self): return KernelSpecManager(kernel_dirs=[])
 

@@ -26,7 +26,9 @@ PLAN = {f'futures-{f}-{name}': dict(dataset=f'futures-{f}', k=4, **settings) for
         {'w10': {}, 'untuned': dict(train=False), 'w0': dict(regression_loss_weight=0.)}.items() for f in range(FOLDS)}
 PLAN |= {'market-untuned': dict(dataset='market', k=4, train=False), 'market-w10': dict(dataset='market', k=4, num_train_epochs=1),
          'events-w10': dict(dataset='events', k=4, num_train_epochs=2), 'market-w0': dict(dataset='market', k=4, num_train_epochs=1, regression_loss_weight=0.),
-         'market-w10-k0': dict(dataset='market', k=0, num_train_epochs=1)}
+         'market-w10-k0': dict(dataset='market', k=0, num_train_epochs=1),
+         'market-e3': dict(dataset='market', k=4, num_train_epochs=3, prompt_variants=3)}
+PLAN |= {f'futures-{f}-d3': dict(dataset=f'futures-{f}', k=4, prompt_variants=3) for f in range(2)}
 PLAN |= {f'futures-0-{name}': dict(dict(dataset='futures-0', k=4), **settings) for name, settings in
          {'w1': dict(regression_loss_weight=1.), 'crps10': dict(regression_loss_type='crps'), 'soft10': dict(soft_targets=True), 'w20': dict(regression_loss_weight=20.),
           'head': dict(head=True), 'k0': dict(k=0), 'w10-seed1': dict(seed=1), 'w10-seed2': dict(seed=2), 'w0-seed1': dict(seed=1, regression_loss_weight=0.)}.items()}
@@ -50,6 +52,16 @@ def data(name: str) -> pd.DataFrame:
     pairs = read_pairs(folder/'pairs.csv', TARGET, folder/'contracts.csv' if kind == 'events' else None)
     return contract_split(pairs, int(fold[0])) if fold else split_pairs(pairs, 'contract')
 
+class DrawnRows(TrainingRows):
+    "Every prompt variant of a row has its own draw of similar pairs, with other contracts hidden"
+    def __init__(self, rows, target, config, draws: list):
+        super().__init__(rows, target, config, draws[0])
+        self.draws = draws
+
+    def __getitem__(self, key):
+        self.neighbours = self.draws[key[0] % len(self.draws) if isinstance(key, tuple) else 0]
+        return super().__getitem__(key)
+
 def experiment(dataset: str, k: int=0, seed: int=0, train: bool=True, test: bool=True, head: bool=False, layers: tuple=(6, -1), **settings) -> dict:
     "Fine-tune, predict the validation rows (and the test rows), and return everything that the tables need"
     start, frame, tokenizer = time.perf_counter(), data(dataset), load_tokenizer('embedded')
@@ -57,10 +69,11 @@ def experiment(dataset: str, k: int=0, seed: int=0, train: bool=True, test: bool
     sides = {s: frame[frame.split == s].reset_index(drop=True) for s in ('train', 'val', 'test')}
     retriever = PairRetriever.build(frame, TARGET, model, tokenizer, list(layers), cache)
     grid, config = AnswerGrid(tokenizer, prefix=ANSWER_PREFIX), TrainingConfig(**{**BASE, **settings, 'seed': seed})
-    similar, apart = retriever.training_neighbours(sides['train'], MIXTURE_NEIGHBOURS, sides['val'].novelty, seed)
+    draws = [retriever.training_neighbours(sides['train'], MIXTURE_NEIGHBOURS, sides['val'].novelty, seed + i) for i in range(config.prompt_variants)]
+    similar, apart = draws[0]
     history, seconds = [], dict(prepare=time.perf_counter() - start)
     if train:
-        rows = TrainingRows(sides['train'], TARGET, config, [s[:k] for s in similar])
+        rows = DrawnRows(sides['train'], TARGET, config, [[s[:k] for s in found] for found, _ in draws])
         model = retriever.model = add_lora(model, config.lora_r, config.lora_alpha, last_layers=config.lora_last_layers, seed=seed)
         trainer = make_trainer(model, grid, rows, config, cls=LinearHead if head else RegressionAugmentedTrainer, save_strategy='no', disable_tqdm=True)
         trainer.train()
