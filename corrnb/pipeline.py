@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import quote, quote_plus
 
 from filelock import FileLock, Timeout
@@ -122,7 +123,11 @@ def write_report(
 class _ThisPython(AsyncKernelManager):
     "A kernel manager that knows one kernel: the running interpreter"
     @default('transport')
-    def _no_ports(self): return 'ipc' if os.name == 'posix' else 'tcp'     # two kernels that start at once may be given the same port
+    def _no_ports(self): return 'ipc'     # two kernels that start at once may be given the same port
+    @default('ip')
+    def _own_folder(self):
+        self.sockets = TemporaryDirectory(prefix='corrnb-')     # is removed with this manager
+        return str(Path(self.sockets.name)/'kernel')
     @default('kernel_spec_manager')
     def _no_other_kernels(self): return KernelSpecManager(kernel_dirs=[])
 
