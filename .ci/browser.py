@@ -1,13 +1,25 @@
 """Tests in a browser: `browser.py site` clicks through the documentation in _docs, `browser.py lab [NOTEBOOK ...]` works in JupyterLab.
 `--pictures FOLDER` keeps what was seen. Drives the system's Chromium with Playwright."""
-import argparse, functools, http.server, json, os, re, shutil, socket, subprocess, sys, tempfile, threading, time
+import argparse
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
 WIDE, NARROW = dict(width=1280, height=900), dict(width=390, height=844)
-SEEN = {'home': 'index.html', 'api': '07_answers.html', 'tutorial': 'tutorials/getting_started.html', 'benchmark': 'benchmarks/learning.html'}
-SHORT = ('pipeline/prepare.ipynb', 'pipeline/index.ipynb', '06_prompts.ipynb', '07_answers.ipynb')  # what `lab` runs unless told otherwise
+SEEN = {'home': 'index.html', 'api': '09_answers.html', 'tutorial': 'tutorials/getting_started.html', 'benchmark': 'benchmarks/learning.html'}
+SHORT = ('pipeline/prepare.ipynb', 'pipeline/index.ipynb', '08_prompts.ipynb', '09_answers.ipynb')  # what `lab` runs unless told otherwise
 
 
 @contextmanager
@@ -40,13 +52,13 @@ def served(folder):
     finally: server.shutdown()
 
 
-LAYOUT = '''() => {
+LAYOUT = """() => {
     const wide = document.scrollingElement.scrollWidth - window.innerWidth;
     const images = [...document.querySelectorAll("main img")].filter(i => !i.complete || !i.naturalWidth).length;
     const cut = [...document.querySelectorAll("main pre, main table")].filter(e => {
         for (let p = e; p && p.tagName != "MAIN"; p = p.parentElement) if (["auto", "scroll"].includes(getComputedStyle(p).overflowX)) return false;
         return e.getBoundingClientRect().right > document.querySelector("main").getBoundingClientRect().right + 2 }).length;
-    return {wide, images, cut, title: document.querySelector("h1")?.innerText} }'''
+    return {wide, images, cut, title: document.querySelector("h1")?.innerText} }"""
 
 def check_layout(page, url, pages):
     "Every page has a title, all its pictures, and nothing that sticks out; what is wrong"

@@ -1,14 +1,26 @@
 """What `make test` checks: all library notebooks, that everything made from notebooks is up to date, whole runs of the
 pipeline with the tiny model, from the embedded market and from PostgreSQL, that the tutorials and the README's code run, and the documentation site. Its last line is `N passed, N failed`, with
 `, N skipped` behind it where something could not be run. `checks.py readme` writes README.md (`make readme`)."""
-import contextlib, io, json, os, re, shlex, shutil, subprocess, sys, tempfile, time
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import util
 from pathlib import Path
 from unittest import SkipTest
 from urllib.parse import quote
 
-import nbformat, psutil, yaml
+import nbformat
+import psutil
+import yaml
 from nbconvert import MarkdownExporter
 from nbdev.doclinks import nbglob
 from traitlets.config import Config

@@ -1,11 +1,18 @@
 """The documentation site, made from the notebooks: `docs.py [FOLDER]` builds it in _docs (or FOLDER) and checks its pages and links.
 Quarto renders it where it is installed, otherwise smalldocs, which reads the same _quarto.yml."""
-import html, json, os, re, shutil, subprocess, sys
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import nbformat, yaml
+import nbformat
+import yaml
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 root = Path(__file__).resolve().parents[1]

@@ -6,10 +6,15 @@
 __all__ = ['Settings', 'url_secrets', 'fsync_tree', 'atomic_write', 'atomic_dir', 'made_by', 'content_hash']
 
 # %% ../nbs/00_config.ipynb #42cb8040
-import hashlib, json, os, shutil, tempfile
+import hashlib
+import json
+import os
+import shutil
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
+
 from pydantic import AfterValidator, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import URL, make_url
@@ -76,9 +81,10 @@ def fsync_tree(folder: Path):
     "Flush a folder and everything in it to the disk"
     for p in [*Path(folder).rglob('*'), Path(folder)]: _fsync(p)
 
-def atomic_write(path: str|Path,      # file to write; missing parent folders are made
-                 data: str|bytes      # its whole content (text as UTF-8)
-                ) -> Path:
+def atomic_write(
+    path: str|Path,  # file to write; missing parent folders are made
+    data: str|bytes  # its whole content (text as UTF-8)
+) -> Path:
     "Write a file that appears whole or not at all"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,8 +105,9 @@ def _umask() -> int:
 
 # %% ../nbs/00_config.ipynb #bb00f73b
 @contextmanager
-def atomic_dir(path: str|Path  # folder to make; an existing one is replaced
-              ):
+def atomic_dir(
+    path: str|Path  # folder to make; an existing one is replaced
+):
     "A temporary folder to fill, renamed to `path` when the block succeeds and removed when it fails"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,17 +125,19 @@ def atomic_dir(path: str|Path  # folder to make; an existing one is replaced
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/00_config.ipynb #b7b2a13c
-def made_by(step: str,     # what makes the file or folder, such as 'prepare.ipynb'
-            path: str|Path # file or folder to read
-           ) -> Path:      # the path; FileNotFoundError that names the step if it is not there
+def made_by(
+    step: str,      # what makes the file or folder, such as 'prepare.ipynb'
+    path: str|Path  # file or folder to read
+) -> Path:  # the path; FileNotFoundError that names the step if it is not there
     "What an earlier step leaves"
     if Path(path).exists(): return Path(path)
     raise FileNotFoundError(f'{path} is not there: run {step} first')
 
 # %% ../nbs/00_config.ipynb #6eac1de2
-def content_hash(*parts,       # anything json can hold, or paths and bytes
-                 n: int=16     # hex digits kept
-                ) -> str:
+def content_hash(
+    *parts,    # anything json can hold, or paths and bytes
+    n: int=16  # hex digits kept
+) -> str:
     "Stable hexadecimal SHA-256 of the parts: the same content gives the same hash on every machine"
     h = hashlib.sha256()
     for p in parts:

@@ -10,7 +10,20 @@ Texts are cut by Llama 3's tokenizer, a file of the package llama-models (pip in
 layers, also on a CPU, to see that everything works.
 Random weights say nothing about accuracy, and speed does not depend on them.
 """
-import argparse, base64, importlib.util, json, os, platform, resource, shutil, statistics, subprocess, sys, tempfile, time, traceback
+import argparse
+import base64
+import importlib.util
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
 import warnings
 from contextlib import contextmanager
 from functools import cached_property
@@ -143,8 +156,8 @@ class Bench:
 
     def reset_memory(self):
         "Free what nobody holds, and measure the peak from here"
-        from accelerate.utils.memory import clear_device_cache
         import torch
+        from accelerate.utils.memory import clear_device_cache
         clear_device_cache(garbage_collection=True)
         if self.cuda: torch.cuda.reset_peak_memory_stats()
 
@@ -222,6 +235,7 @@ def line(figure: dict, tiny: bool=False) -> str:
 def market_rows(n: int, tokenizer, tokens: int):
     "`n` pairs of the simulated market with written fields, and as many similar pairs each as make about `tokens` tokens a row"
     import pandas as pd
+
     from corrnb.demo import simulate_market
     from corrnb.models import encode
     from corrnb.prompts import ANSWER_PREFIX, correlation_type, make_prompt, row_completion
@@ -243,6 +257,7 @@ def market_rows(n: int, tokenizer, tokens: int):
 def distinct_pairs(n: int):
     "`n` pairs whose contracts all have titles of their own"
     import pandas as pd
+
     from corrnb.demo import simulate_market
     pairs = simulate_market().pairs
     rows = pd.concat([pairs]*(-(-n//len(pairs)))).head(n).reset_index(drop=True)
@@ -256,6 +271,7 @@ def distinct_pairs(n: int):
 def trainers():
     "The hybrid trainer and one for cross-entropy alone, with clocks in them"
     import torch.nn.functional as F
+
     from corrnb.training import RegressionAugmentedTrainer
     class CrossEntropy(RegressionAugmentedTrainer):
         "The usual loss on number and text, without the tree, and logits only where something is learned"
@@ -354,6 +370,7 @@ def answer_speed(bench: Bench):
 def query_speed(bench: Bench, predictor, rows, k: int):
     "Seconds of one query, and of writing an answer to the same prompt"
     import torch
+
     from corrnb.models import encode
     times, n, name = [], bench.n, bench.part
     for r in rows.itertuples():
@@ -399,7 +416,9 @@ def load_in(bench: Bench, what: str, quantize: bool):
 
 def sft_trainer(bench: Bench, ours, folder: str):
     "TRL's SFTTrainer for the same rows in the same batches, with the same model, adapter, optimizer and schedule"
-    import datasets, trl
+    import datasets
+    import trl
+
     from corrnb.models import add_lora, encode
     grid, tokenizer = bench.grid, bench.tokenizer
     def row(x):

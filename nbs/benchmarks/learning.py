@@ -2,12 +2,19 @@
 
     CORRNB_DATA_DIR=... python learning.py RESULTS [PATTERN ...]
 """
-import io, json, os, sys, time
+import io
+import json
+import os
+import sys
+import time
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
+import numpy as np
+import pandas as pd
+import torch
+
 from corrnb.answers import AnswerDistribution, AnswerGrid
 from corrnb.config import Settings, atomic_write
 from corrnb.data import add_novelty, check_pairs, contract_kfold, read_pairs, split_pairs
