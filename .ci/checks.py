@@ -165,7 +165,8 @@ def pipeline_runs():
 def pipeline_reads_postgres():
     "The same run from a PostgreSQL table gives the same metrics and writes the password nowhere"
     from corrnb.demo import write_demo
-    from corrnb.schema import make_engine, test_server
+    from corrnb.schema import make_engine
+    from corrnb.testing import test_server
     with test_server() as server, tempfile.TemporaryDirectory() as tmp:
         url = server.new_database()
         write_demo(make_engine(url))

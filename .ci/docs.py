@@ -136,14 +136,14 @@ def build(folder=root/'_docs'):
     from nbdev.config import get_config
     os.chdir(root)
     process()
-    made_by = render(folder)
+    require = render(folder)
     problems = [f'{p} is not in the sidebar of _quarto.yml' for p in missing_pages()]
     problems += [f'{p}: the site drops the text in the cell of its title; put it into a cell of its own' for p in lost_text()]
     problems += sorted(set(link_problems(folder, get_config().git_url)))
     assert not problems, '\n'.join(problems)
-    return len(list(folder.rglob('*.html'))), made_by
+    return len(list(folder.rglob('*.html'))), require
 
 if __name__ == '__main__':
-    try: n, made_by = build(*(Path(a).resolve() for a in sys.argv[1:]))
+    try: n, require = build(*(Path(a).resolve() for a in sys.argv[1:]))
     except AssertionError as e: sys.exit(str(e))
-    print(f'{n} pages by {made_by}, links checked: {"_docs/index.html" if not sys.argv[1:] else sys.argv[1]}')
+    print(f'{n} pages by {require}, links checked: {"_docs/index.html" if not sys.argv[1:] else sys.argv[1]}')

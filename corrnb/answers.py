@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from .config import content_hash
+from .files import content_hash
 from .models import encode, token_batches
 
 # %% ../nbs/09_answers.ipynb #62c68623

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import corrnb
 from .config import Settings
-from .parameters import ParameterError, PipelineError, all_parameters, load_stages
-from .pipeline import evaluate_run, find_run, run_pipeline, scrub
+from .notebooks import load_stages
+from .parameters import ParameterError, PipelineError, all_parameters
+from .notebooks import scrub
+from .pipeline import evaluate_run, find_run, run_pipeline
 from .sweeps import compare_sweep, find_sweep, run_sweep
 
 # %% ../nbs/28_cli.ipynb #ab9087e9

@@ -19,7 +19,7 @@ from matplotlib.dates import ConciseDateFormatter
 from scipy.special import expit, logit
 from sqlalchemy import Engine
 
-from .config import content_hash
+from .files import content_hash
 from .labels import LABELS, pair_correlations
 from .schema import Contract, ContractCorrelation, ContractPrice, create_tables, write_frame
 

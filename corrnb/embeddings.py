@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .config import atomic_write, content_hash
+from .files import atomic_write, content_hash
 from .models import encode, model_fingerprint, token_batches
 
 # %% ../nbs/10_embeddings.ipynb #32f8a369

@@ -30,8 +30,8 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import KernelCenterer, StandardScaler
 
 from .answers import AnswerDistribution
-from .config import atomic_write
-from .data import contract_groups, contract_kfold
+from .files import atomic_write
+from .splits import contract_groups, contract_kfold
 from .labels import label_reliability
 from .losses import soft_targets
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import logit
 
-from .config import atomic_write, content_hash
+from .files import atomic_write, content_hash
 from .data import NAME, check_table, read_file, text_key
 from corrnb.schema import (
     Contract,

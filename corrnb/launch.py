@@ -14,8 +14,10 @@ from pathlib import Path
 
 import nbformat
 
-from .parameters import PipelineError, Stage, load_stages, resolve_parameters
-from .pipeline import execute_stage, read_marker, run_folder, run_stage, stage_key
+from .notebooks import Stage, load_stages
+from .parameters import PipelineError, resolve_parameters
+from .notebooks import execute_stage
+from .pipeline import read_marker, run_folder, run_stage, stage_key
 
 # %% ../nbs/27_launch.ipynb #5aa41008
 def _until_trained(stage: Stage, folder: str|Path) -> Stage:

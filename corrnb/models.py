@@ -43,7 +43,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .config import Settings, atomic_dir, content_hash
+from .config import Settings
+from .files import atomic_dir, content_hash
 
 # %% ../nbs/07_models.ipynb #398144a3
 _LLAMA3_SPLIT = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""

@@ -58,7 +58,7 @@ def _tracker(name: str) -> str:
 Whole = Annotated[int, BeforeValidator(_no_flag)]
 Number = Annotated[FiniteFloat, BeforeValidator(_no_flag)]
 
-# %% ../nbs/13_parameters.ipynb #be55ebe3
+# %% ../nbs/13_parameters.ipynb #228d309f
 @dataclass
 class TrainingConfig:
     "What shapes a trained model; ValueError for a value that makes no sense"
@@ -66,7 +66,7 @@ class TrainingConfig:
     num_train_epochs: Number = Field(3.0, gt=0, description='passes over the training rows')
     per_device_train_batch_size: Whole = Field(4, gt=0, description='rows of a forward pass; halved where memory is short')
     gradient_accumulation_steps: Whole = Field(1, gt=0, description='forward passes of an optimizer step')
-    learning_rate: Number = Field(2e-4, gt=0, description='highest step size; it then falls linearly to zero')
+    learning_rate: Number = Field(2e-4, gt=0, description='peak step size; it then falls linearly to zero')
     warmup_fraction: Number = Field(0.05, ge=0, le=1, description='share of the steps in which it rises to that')
     regression_loss_weight: Number = Field(10.0, ge=0, description='w in: number CE + text CE + w x regression loss')
     regression_loss_type: Annotated[str, AfterValidator(_regression_loss)] = Field(
@@ -87,7 +87,7 @@ class TrainingConfig:
         'adamw_torch_fused', description='any optimizer of transformers, such as paged_adamw_8bit')
     seed: Whole = Field(0, ge=0, description='of the adapter, the order of the rows and the swaps')
 
-# %% ../nbs/13_parameters.ipynb #76c323fd
+# %% ../nbs/13_parameters.ipynb #73dab2d9
 def _default(setting: str): return Settings.model_fields[setting].default
 
 Comparison = Literal['linear_head', 'cross_entropy']
@@ -129,6 +129,10 @@ class RunConfig(TrainingConfig):
         "The parameters among some names"
         return cls(**{n: v for n, v in names.items() if n in PARAMETERS})
 
+    def values(self) -> dict:
+        "All parameters by name"
+        return {n: getattr(self, n) for n in PARAMETERS}
+
     def training(
         self,
         output_dir: str|Path  # for checkpoints
@@ -139,7 +143,7 @@ class RunConfig(TrainingConfig):
 
 PARAMETERS = {n: f for n, f in RunConfig.__pydantic_fields__.items() if f.description}  # all but output_dir
 
-# %% ../nbs/13_parameters.ipynb #3cb18661
+# %% ../nbs/13_parameters.ipynb #fb67e432
 def describe(
     name: str              # of a parameter
 ) -> tuple[str, str]:      # its type as Python writes it, and a sentence of help with its choices
@@ -157,12 +161,14 @@ def default_of(name: str):
     return PARAMETERS[name].get_default(call_default_factory=True)
 
 def parameters_cell(
-    names: list[str],   # of parameters
-    config: RunConfig   # with their values
+    names: list[str],           # of parameters
+    config: RunConfig,          # with their values
+    run_dir: str = 'runs/lab'   # folder of a run by hand
 ) -> str:
     "Source of a notebook's parameters cell, as papermill reads it"
-    lines = [(f'{n}: {describe(n)[0]} = {getattr(config, n)!r}', describe(n)[1]) for n in names]
-    width = max((len(code) for code, _ in lines), default=0)
+    lines = [(f'run_dir: str = {run_dir!r}', 'folder of this run')]
+    lines += [(f'{n}: {describe(n)[0]} = {getattr(config, n)!r}', describe(n)[1]) for n in names]
+    width = max(len(code) for code, _ in lines)
     return '\n'.join(f'{code:{width}}  # {text}' for code, text in lines)
 
 # %% ../nbs/13_parameters.ipynb #3d60285e

@@ -13,7 +13,7 @@ from typing import Literal
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
-from .config import content_hash
+from .files import content_hash
 
 # %% ../nbs/08_prompts.ipynb #3b0593c0
 ANSWER_PREFIX = '{"underlying_correlation": '

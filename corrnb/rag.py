@@ -20,8 +20,9 @@ from fastcore.basics import patch
 from scipy.sparse import csr_array
 from scipy.special import softmax
 
-from .config import atomic_dir, content_hash
-from .data import PairError, check_pairs, contract_groups, pair_key
+from .files import atomic_dir, content_hash
+from .data import PairError, check_pairs, pair_key
+from .splits import contract_groups
 from .embeddings import embed_texts, normalize, pair_vectors
 from .models import model_fingerprint
 

@@ -22,37 +22,12 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from .config import Settings, atomic_write, content_hash
-from corrnb.parameters import (
-    FILES,
-    STAGES,
-    Parameter,
-    ParameterError,
-    PipelineError,
-    Stage,
-    all_parameters,
-    check_value,
-    load_stages,
-    parse_value,
-    read_profile,
-    read_stage,
-    resolve_parameters,
-    stage_folder,
-)
-from corrnb.pipeline import (
-    REPORTS,
-    checked_name,
-    every_second,
-    execute_stage,
-    forget,
-    input_digests,
-    is_current,
-    read_marker,
-    run_folder,
-    run_name,
-    run_stage,
-    write_params,
-)
+from .config import Settings
+from .files import atomic_write, content_hash
+from .notebooks import STAGES, Stage, load_stages, read_stage, stage_folder
+from .parameters import FILES, Parameter, ParameterError, PipelineError, all_parameters, check_value, parse_value, read_profile, resolve_parameters
+from .notebooks import REPORTS, execute_stage
+from .pipeline import checked_name, every_second, forget, input_digests, is_current, read_marker, run_folder, run_name, run_stage, write_params
 
 # %% ../nbs/26_sweeps.ipynb #857b9f06
 def sweep_values(

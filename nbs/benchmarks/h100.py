@@ -111,7 +111,7 @@ class Bench:
         os.environ['MODEL_CACHE_DIR'] = str(models/'cache')
 
     def save(self):
-        from corrnb.config import atomic_write
+        from corrnb.files import atomic_write
         atomic_write(self.folder/f'{self.part}.json', json.dumps(self.known, indent=1))
 
     def say(self, what: str, value: float|None, unit: str, note: str=''):
@@ -184,7 +184,7 @@ class Bench:
 
     def write_model(self):
         "Random weights on the disk, unless they are there"
-        from corrnb.config import atomic_dir
+        from corrnb.files import atomic_dir
         if self.model_folder.exists(): return
         model = self.random_model()
         with self.clock() as took, atomic_dir(self.model_folder) as tmp: model.save_pretrained(tmp, max_shard_size='5GB')
@@ -206,7 +206,7 @@ class Bench:
     @cached_property
     def tokenizer(self):
         "The tokenizer; Llama's is put together once, which takes a while"
-        from corrnb.config import atomic_dir
+        from corrnb.files import atomic_dir
         from corrnb.models import load_tokenizer
         if (folder := self.model_folder.parent/'tokenizer').exists() and not self.tiny: return load_tokenizer(str(folder))
         tokenizer = llama_tokenizer(self.tiny)
@@ -307,7 +307,9 @@ def timed_training(bench: Bench, trainer, count) -> float:
 
 def our_trainer(bench: Bench, model, rows, near, batch: int, cls, folder, epochs=1, validation=None):
     "corrnb's trainer with the settings of the profile"
-    from corrnb.training import TrainingConfig, TrainingRows, make_trainer
+    from corrnb.batches import TrainingRows
+    from corrnb.parameters import TrainingConfig
+    from corrnb.training import make_trainer
     c = TrainingConfig(output_dir=folder, num_train_epochs=epochs, per_device_train_batch_size=batch)
     quiet = dict(disable_tqdm=True, logging_strategy='no') | (dict(save_strategy='no') if validation is None else {})
     held_out = None if validation is None else TrainingRows(validation[0], TARGET, c, validation[1])

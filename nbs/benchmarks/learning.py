@@ -16,15 +16,20 @@ import pandas as pd
 import torch
 
 from corrnb.answers import AnswerDistribution, AnswerGrid
-from corrnb.config import Settings, atomic_write
-from corrnb.data import add_novelty, check_pairs, contract_kfold, read_pairs, split_pairs
+from corrnb.config import Settings
+from corrnb.files import atomic_write
+from corrnb.data import check_pairs, read_pairs
+from corrnb.splits import add_novelty, contract_kfold, split_pairs
 from corrnb.demo import simulate_market
 from corrnb.evaluation import baseline_predictions, distribution_metrics, regression_metrics
 from corrnb.inference import MIXTURE_NEIGHBOURS, CorrelationPredictor, Mixture, fit_mixture
 from corrnb.models import add_lora, load_model, load_tokenizer
 from corrnb.prompts import ANSWER_PREFIX
 from corrnb.rag import PairRetriever, neighbour_arrays
-from corrnb.training import LinearHead, RegressionAugmentedTrainer, TrainingConfig, TrainingRows, make_trainer
+from corrnb.batches import TrainingRows
+from corrnb.comparisons import LinearHead
+from corrnb.parameters import TrainingConfig
+from corrnb.training import RegressionAugmentedTrainer, make_trainer
 
 TARGET, FOLDS = 'price_correlation', 5
 BASE = dict(num_train_epochs=3, per_device_train_batch_size=4, learning_rate=2e-4, text_loss_weight=0, lora_r=8, lora_alpha=16, lora_last_layers=12,
