@@ -1,5 +1,5 @@
-"""Tests in a browser: `browser.py site` clicks through the documentation in _docs, `browser.py lab [NOTEBOOK ...]` works in JupyterLab.
-`--pictures FOLDER` keeps what was seen. Drives the system's Chromium with Playwright."""
+"""Tests in a browser: `browser.py site` clicks through the documentation in _docs, `browser.py lab [NOTEBOOK ...]`
+works in JupyterLab. `--pictures FOLDER` keeps what was seen. Drives the system's Chromium with Playwright."""
 import argparse
 import functools
 import http.server
@@ -18,8 +18,10 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
 WIDE, NARROW = dict(width=1280, height=900), dict(width=390, height=844)
-SEEN = {'home': 'index.html', 'api': '09_answers.html', 'tutorial': 'tutorials/getting_started.html', 'benchmark': 'benchmarks/learning.html'}
-SHORT = ('pipeline/prepare.ipynb', 'pipeline/index.ipynb', '08_prompts.ipynb', '09_answers.ipynb')  # what `lab` runs unless told otherwise
+SEEN = {'home': 'index.html', 'api': '09_answers.html', 'tutorial': 'tutorials/getting_started.html',
+        'benchmark': 'benchmarks/learning.html'}
+# what `lab` runs unless told otherwise
+SHORT = ('pipeline/prepare.ipynb', 'pipeline/index.ipynb', '08_prompts.ipynb', '09_answers.ipynb')
 
 
 @contextmanager
@@ -56,8 +58,10 @@ LAYOUT = """() => {
     const wide = document.scrollingElement.scrollWidth - window.innerWidth;
     const images = [...document.querySelectorAll("main img")].filter(i => !i.complete || !i.naturalWidth).length;
     const cut = [...document.querySelectorAll("main pre, main table")].filter(e => {
-        for (let p = e; p && p.tagName != "MAIN"; p = p.parentElement) if (["auto", "scroll"].includes(getComputedStyle(p).overflowX)) return false;
-        return e.getBoundingClientRect().right > document.querySelector("main").getBoundingClientRect().right + 2 }).length;
+        for (let p = e; p && p.tagName != "MAIN"; p = p.parentElement)
+            if (["auto", "scroll"].includes(getComputedStyle(p).overflowX)) return false;
+        const right = document.querySelector("main").getBoundingClientRect().right;
+        return e.getBoundingClientRect().right > right + 2 }).length;
     return {wide, images, cut, title: document.querySelector("h1")?.innerText} }"""
 
 def check_layout(page, url, pages):
@@ -116,9 +120,12 @@ def free_port():
 def jupyter_lab(folder, home):
     "The address of a JupyterLab on a folder, with settings of its own"
     port = free_port()
-    env = os.environ | {'HF_HUB_OFFLINE': '1', 'PYTHONPATH': str(root), 'PATH': f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    env |= {f'JUPYTER_{name}_DIR': str(home/name) for name in ('CONFIG', 'RUNTIME')} | {'JUPYTERLAB_SETTINGS_DIR': str(home/'settings'), 'JUPYTERLAB_WORKSPACES_DIR': str(home/'workspaces')}
-    command = [sys.executable, '-m', 'jupyter', 'lab', str(folder), '--no-browser', f'--port={port}', '--ServerApp.port_retries=0', '--IdentityProvider.token=test', '--allow-root']
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {'HF_HUB_OFFLINE': '1', 'PYTHONPATH': str(root), 'PATH': path}
+    env |= {f'JUPYTER_{name}_DIR': str(home/name) for name in ('CONFIG', 'RUNTIME')}
+    env |= {f'JUPYTERLAB_{name}_DIR': str(home/name) for name in ('SETTINGS', 'WORKSPACES')}
+    command = [sys.executable, '-m', 'jupyter', 'lab', str(folder), '--no-browser', '--allow-root', f'--port={port}',
+               '--ServerApp.port_retries=0', '--IdentityProvider.token=test']
     log = (home/'lab.log').open('w')
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     try:
@@ -181,16 +188,18 @@ def run_all(page, notebook, timeout=900):
         page.wait_for_timeout(1000)
         page.keyboard.press('Control+s')
         errors = list(outputs(cells := saved(notebook), 'error'))
-        if errors or all(c['execution_count'] for c in cells if c['cell_type'] == 'code' and ''.join(c['source']).strip()): return errors
+        code = [c for c in cells if c['cell_type'] == 'code' and ''.join(c['source']).strip()]
+        if errors or all(c['execution_count'] for c in code): return errors
     return [f'not done after {timeout} s']
 
 def shut_down(browser, lab):
     "End the kernels of all notebooks"
     (url, token), request = lab, browser.new_context().request
-    for session in request.get(f'{url}/api/sessions?{token}').json(): request.delete(f"{url}/api/sessions/{session['id']}?{token}")
+    for session in request.get(f'{url}/api/sessions?{token}').json():
+        request.delete(f"{url}/api/sessions/{session['id']}?{token}")
 
 def run_notebooks(browser, lab, folder, notebooks, pictures=None):
-    "Notebooks from top to bottom, each as it is opened for the first time; what went wrong: errors, in stages of the pipeline also warnings"
+    "Notebooks from top to bottom, each as it is opened for the first time; errors, of stages also warnings"
     for path in notebooks:
         page, start = new_page(browser, dict(width=1400, height=1000), []), time.time()
         open_notebook(page, lab, folder, path)
@@ -206,7 +215,8 @@ def too_early(browser, lab, folder):
     "A stage that is opened before the first one says which comes first"
     page, path = new_page(browser, dict(width=1400, height=1000), []), 'pipeline/index.ipynb'
     open_notebook(page, lab, folder, path)
-    assert 'run prepare.ipynb first' in ''.join(found := run_all(page, folder/path)), f'{path} was opened first and said: {found}'
+    found = run_all(page, folder/path)
+    assert 'run prepare.ipynb first' in ''.join(found), f'{path} was opened first, with the error: {found}'
     page.context.close()
     shut_down(browser, lab)
 
@@ -243,7 +253,8 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
     sub = parser.add_subparsers(dest='test', required=True)
     site, lab = sub.add_parser('site', help='click through _docs'), sub.add_parser('lab', help='work in JupyterLab')
-    lab.add_argument('notebooks', nargs='*', metavar='NOTEBOOK', help=f"to run, relative to nbs, or 'all' of pipeline and library (default: {' '.join(SHORT)})")
+    lab.add_argument('notebooks', nargs='*', metavar='NOTEBOOK',
+                     help=f"to run, relative to nbs, or 'all' of pipeline and library (default: {' '.join(SHORT)})")
     for p in (site, lab): p.add_argument('--pictures', metavar='FOLDER', help='keep pictures of what was seen')
     args = vars(parser.parse_args())
     if args['pictures']: Path(args['pictures']).mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['hash_uniform', 'TrainingRows', 'StepSampler', 'PairCollator']
 
-# %% ../nbs/15_batches.ipynb #ae18c8a9
+# %% ../nbs/15_batches.ipynb #40852579
 import datasets
 import numpy as np
 import pandas as pd
 import torch
-from fastcore.basics import patch
 from pydantic import ValidationError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
@@ -47,7 +46,7 @@ class TrainingRows(Dataset):
 
     def _columns(self, row: dict, near: list[dict]) -> dict:
         "What is learned from a row"
-        value, weight, z_se = row[self.target], row.get('weight', 1.), row.get('fisher_z_se')
+        value, weight, z_se = row[self.target], row.get('weight', 1.), row.get('fisher_z_se', 0.)
         if pd.isna(value) or abs(value) > 1: raise ValueError(f'{self.target} of row {row["id"]!r} is not in [-1, 1]')
         if pd.isna(weight) or weight < 0: raise ValueError(f'the weight of row {row["id"]!r} is negative or missing')
         if pd.isna(z_se) or self.target != 'price_correlation': z_se = 0.  # it is the error of that column
@@ -61,29 +60,26 @@ class TrainingRows(Dataset):
         if not self.config.text_loss_weight: return ''
         try: return row_completion(row, self.target)
         except ValidationError as e:
-            reason = '; '.join(f"{x['loc'][0]}: {x['msg']}, not {x['input']!r}" for x in e.errors())
-        raise ValueError(f"row {row['id']!r}: {reason} (text_loss_weight=0 trains without the written fields)")
+            wrong = '; '.join(f"{x['loc'][0]}: {x['msg']}, not {x['input']!r}" for x in e.errors())
+        raise ValueError(f"row {row['id']!r}: {wrong} (text_loss_weight=0 trains without the written fields)")
 
     def __len__(self): return len(self.data)
 
-# %% ../nbs/15_batches.ipynb #3cd44833
-@patch
-def __getitem__(self: TrainingRows, key: tuple|int) -> dict:
-    "The row at a place, as it is; or as (epoch, place) with that epoch's order and similar pairs"
-    epoch, i = (None, key) if isinstance(key, int) else key
-    row, c = self.data[i], self.config
-    titles, near = row.pop('titles'), row.pop('neighbours')
-    if epoch is not None:
-        if c.prompt_variants: epoch %= c.prompt_variants
-        if hash_uniform(c.seed, epoch, row['id'], 'drop') < c.neighbour_dropout: near = []
-        if hash_uniform(c.seed, epoch, row['id'], 'swap') < 0.5:
-            titles, near = titles[::-1], [{**n, 'swapped': not n['swapped']} for n in near]
-    return dict(row, prompt=make_prompt(*titles, near, c.nearest_last), place=i)
+    def __getitem__(self, key: tuple|int) -> dict:
+        "The row at a place, as it is; or as (epoch, place) with that epoch's order and similar pairs"
+        epoch, i = (None, key) if isinstance(key, int) else key
+        row, c = self.data[i], self.config
+        titles, near = row.pop('titles'), row.pop('neighbours')
+        if epoch is not None:
+            if c.prompt_variants: epoch %= c.prompt_variants
+            if hash_uniform(c.seed, epoch, row['id'], 'drop') < c.neighbour_dropout: near = []
+            if hash_uniform(c.seed, epoch, row['id'], 'swap') < 0.5:
+                titles, near = titles[::-1], [{**n, 'swapped': not n['swapped']} for n in near]
+        return dict(row, prompt=make_prompt(titles[0], titles[1], near, c.nearest_last), place=i)
 
-@patch
-def __getitems__(self: TrainingRows, keys: list) -> list[dict]:
-    "Items of a batch; a place of None is a filler row of weight zero"
-    return [{**self[k[0], 0], 'weight': 0.} if isinstance(k, tuple) and k[1] is None else self[k] for k in keys]
+    def __getitems__(self, keys: list) -> list[dict]:
+        "Items of a batch; a place of None is a filler row of weight zero"
+        return [{**self[k[0], 0], 'weight': 0.} if isinstance(k, tuple) and k[1] is None else self[k] for k in keys]
 
 # %% ../nbs/15_batches.ipynb #dbe5dda3
 class StepSampler(Sampler):
@@ -98,7 +94,6 @@ class StepSampler(Sampler):
         self.lengths, self.step_rows, self.seed, self.multiple_of, self.epoch = lengths, step_rows, seed, multiple_of, 0
 
     def set_epoch(self, epoch: int): self.epoch = epoch
-
     def __len__(self): return -(-len(self.lengths)//self.multiple_of)*self.multiple_of
 
     def __iter__(self):
@@ -112,11 +107,8 @@ class StepSampler(Sampler):
         yield from [(self.epoch, None)]*(len(self) - len(order))
 
 # %% ../nbs/15_batches.ipynb #c6848e1d
-def _all_but_padding(
-    heads: torch.Tensor,  # tokens of each prompt with the grid's prefix, (rows,)
-    tails: torch.Tensor,  # tokens of each completion, (rows,)
-    width: int            # columns of text and tree
-) -> torch.Tensor:  # bool, (rows, width)
+def _all_but_padding(heads: torch.Tensor, tails: torch.Tensor, width: int) -> torch.Tensor:
+    "(rows, width) False at padding, from the tokens of each prompt with the grid's prefix and of each completion"
     column, start = torch.arange(width), heads.max()
     text = (column >= start - heads[:, None]) & (column < start + tails[:, None])
     return text | (column >= start + tails.max())
@@ -132,8 +124,8 @@ class PairCollator:
         texts = encode(self.grid.tokenizer, [x['completion'] for x in items], bos=False)
         texts = [t + [self.grid.tokenizer.eos_token_id] for t in texts]
         labels = [[-100]*len(n) + (t if x['weight'] else [-100]*len(t)) for n, t, x in zip(numbers, texts, items)]
-        labels = pad_sequence([torch.tensor(x) for x in labels], batch_first=True, padding_value=-100)
-        return [n + t for n, t in zip(numbers, texts)], labels
+        padded = pad_sequence([torch.tensor(x) for x in labels], batch_first=True, padding_value=-100)
+        return [n + t for n, t in zip(numbers, texts)], padded
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
         values, z_se, weights = torch.tensor([[x[k] for x in items] for k in ('value', 'z_se', 'weight')])

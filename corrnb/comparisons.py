@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['COMPARISONS', 'NumberHead', 'LinearHead', 'chosen_comparisons', 'train_comparison']
 
-# %% ../nbs/17_comparisons.ipynb #389e524c
+# %% ../nbs/17_comparisons.ipynb #e300f13a
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,12 +22,9 @@ from .training import RegressionAugmentedTrainer, make_trainer
 # %% ../nbs/17_comparisons.ipynb #ea4bce37
 class NumberHead(torch.nn.Module):
     "A Gaussian of learned width around tanh of a linear function of a hidden state, on a grid"
-    def __init__(
-        self,
-        hidden_size: int,
-        values: torch.Tensor,  # grid, (n_values,)
-        seed: int=0
-    ):
+    values: torch.Tensor  # (n_values,)
+
+    def __init__(self, hidden_size: int, values: torch.Tensor, seed: int=0):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -34,16 +32,16 @@ class NumberHead(torch.nn.Module):
         self.log_width = torch.nn.Parameter(torch.tensor(-1.))
         self.register_buffer('values', values, persistent=False)
 
-    def forward(
-        self,
-        states: torch.Tensor  # (rows, hidden)
-    ) -> torch.Tensor:  # log p of each value, (rows, n_values)
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        "Log p of each value, (rows, n_values), from hidden states (rows, hidden)"
         distances = (self.values - torch.tanh(self.linear(states.float())))/self.log_width.exp()
         return torch.log_softmax(-distances**2/2, -1)
 
 # %% ../nbs/17_comparisons.ipynb #0a4438bd
 class LinearHead(RegressionAugmentedTrainer):
     "The usual alternative: a `NumberHead` on the hidden state before the number instead of the answer tree"
+    model: Any  # with a `number_head`
+
     def __init__(self, model, *args, answer_grid: AnswerGrid, config: TrainingConfig, **kwargs):
         head = NumberHead(model.config.hidden_size, answer_grid.values, config.seed)
         model.number_head = head.to(next(model.parameters()).device)
@@ -61,21 +59,19 @@ class LinearHead(RegressionAugmentedTrainer):
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         save_file(self.model.number_head.state_dict(), Path(output_dir)/'number_head.safetensors')
-
     def _load_head(self, folder):
         self.model.number_head.load_state_dict(load_file(Path(folder)/'number_head.safetensors'))
-
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_head(resume_from_checkpoint)
-
     def _load_best_model(self):
         super()._load_best_model()
         self._load_head(self.state.best_model_checkpoint)
 
 # %% ../nbs/17_comparisons.ipynb #af91e40e
-COMPARISONS = {'linear_head': (LinearHead, dict(text_loss_weight=0.)),  # name: trainer, changes of the main config
-               'cross_entropy': (RegressionAugmentedTrainer, dict(regression_loss_weight=0.))}
+COMPARISONS: dict[str, tuple[type, dict]] = {  # name: trainer, changes of the main config
+    'linear_head': (LinearHead, dict(text_loss_weight=0.)),
+    'cross_entropy': (RegressionAugmentedTrainer, dict(regression_loss_weight=0.))}
 
 def chosen_comparisons(
     names: list[str],              # of `COMPARISONS`; ValueError for another
@@ -92,13 +88,13 @@ def train_comparison(
     grid: AnswerGrid,
     rows: TrainingRows,
     config: TrainingConfig,  # of the main training
-    *args,                   # further ones of `make_trainer`
-    **kwargs
+    validation: TrainingRows|None=None,
+    **kwargs                 # further ones of `make_trainer`
 ) -> RegressionAugmentedTrainer:
     "A trained comparison; its checkpoints are in a folder of its name below the main training's"
     cls, change = COMPARISONS[name]
     c = replace(config, output_dir=str(Path(config.output_dir)/name), **change)
     model = add_lora(model, c.lora_r, c.lora_alpha, last_layers=c.lora_last_layers, seed=c.seed)
-    trainer = make_trainer(model, grid, rows, c, *args, cls=cls, **kwargs)
+    trainer = make_trainer(model, grid, rows, c, validation, cls, **kwargs)
     trainer.train(resume_from_checkpoint=True)
     return trainer

@@ -66,7 +66,9 @@ def pair_key(title_a: str, title_b: str) -> str:  # 16 hexadecimal digits
 # %% ../nbs/03_data.ipynb #5b117601
 def map_unique(values: pd.Series, f: Callable) -> pd.Series:  # missing values stay missing
     "A function of each value of a column, called once for each different one"
-    return values.map({value: f(value) for value in values.dropna().unique()})
+    codes, different = pd.factorize(values)
+    results = np.array([*map(f, different), None], dtype=object)  # the last one where the code is -1
+    return pd.Series(results[codes], values.index, dtype=object)
 
 SIDES, TITLES = ('train', 'val', 'test'), ['contract_a_title', 'contract_b_title']
 
@@ -222,7 +224,7 @@ def _cut_long(texts: pd.Series) -> pd.Series:
 
 def _count(n: int, what: str) -> str:
     "1 row, 2 rows"
-    return f'{n} {what}{"s"[:n != 1]}'
+    return f'{n} {what}' if n == 1 else f'{n} {what}s'
 
 def _need(frame: pd.DataFrame, names: list[str]):
     "`PairError` where columns or all rows are missing, or a column is there twice"
@@ -296,10 +298,8 @@ def _read_csv(path: Path) -> pd.DataFrame:
         return pd.read_csv(path, sep=sep, decimal=',' if sep == ';' else '.', encoding='utf-8-sig',
                            dtype=text, index_col=False, low_memory=False)
 
-def read_file(
-    path: str|Path  # .csv, .csv.gz or .parquet
-) -> pd.DataFrame:
-    "A table from a file; `PairError` if it cannot be read"
+def read_file(path: str|Path) -> pd.DataFrame:
+    "A table from a .csv, .csv.gz or .parquet file; `PairError` if it cannot be read"
     name = Path(path).name.lower()
     if not name.endswith(('.csv', '.csv.gz', '.parquet')):
         raise PairError([f'{path}: only .csv, .csv.gz and .parquet files can be read'])
@@ -331,7 +331,6 @@ def _add_events(pairs: pd.DataFrame, contracts: str|Path) -> pd.DataFrame:
     print(f'the event of {sum(known.values())} of {len(known)} contracts is known')
     return pairs
 
-# %% ../nbs/03_data.ipynb #680d4d94
 def read_pairs(
     source: str|Path,              # 'database', or a .csv, .csv.gz or .parquet file
     target: str,                   # column to predict
@@ -359,10 +358,8 @@ def import_file(
     return schema.write_frame(engine, table, frame)
 
 # %% ../nbs/03_data.ipynb #72617184
-def to_datasets(
-    pairs: pd.DataFrame  # with `split`
-):  # datasets.DatasetDict: 'train', 'val', 'test' with the same columns
-    "The sides as Hugging Face datasets"
+def to_datasets(pairs: pd.DataFrame):  # datasets.DatasetDict: 'train', 'val', 'test' with the same columns
+    "The sides of split pairs as Hugging Face datasets"
     from datasets import Dataset, DatasetDict  # seconds to import, and only this needs it
     whole = Dataset.from_pandas(pairs, preserve_index=False)
     return DatasetDict({side: whole.select(np.flatnonzero(pairs.split == side)) for side in SIDES})

@@ -24,8 +24,7 @@ def soft_targets(
     margin = (values[-1] - values[0])/2000     # atanh(1) is infinite
     if not edges.isfinite().all():
         raise ValueError('the grid goes beyond [-1, 1], where Fisher z ends: give another transform')
-    limit = torch.tensor([float('inf')], dtype=edges.dtype, device=edges.device)
-    edges = torch.cat([-limit, edges, limit])
+    edges = torch.cat([edges.new_tensor([-torch.inf]), edges, edges.new_tensor([torch.inf])])
     z = transform(y.double().clamp(values[0] + margin, values[-1] - margin))[:, None]
     cells = torch.special.ndtr((edges - z)/z_se.double()[:, None].clamp_min(1e-6)).diff(dim=-1)
     return cells.float()

@@ -18,9 +18,7 @@ from .files import content_hash
 # %% ../nbs/08_prompts.ipynb #3b0593c0
 ANSWER_PREFIX = '{"underlying_correlation": '
 
-def format_correlation(
-    value: float  # in [-1, 1]
-) -> str:
+def format_correlation(value: float) -> str:
     "A correlation as it is written everywhere: two decimals, zero without a sign"
     return format(value, 'z.2f')
 
@@ -33,9 +31,9 @@ class Answer(BaseModel):
     "The JSON answer; reading text that is no valid answer raises pydantic's `ValidationError` (a ValueError)"
     model_config = ConfigDict(extra='forbid', allow_inf_nan=False)
     underlying_correlation: float = Field(ge=-1, le=1)
-    correlation_type: Literal['positive', 'negative', 'neutral']|None = None
-    confidence: float|None = Field(None, ge=0, le=1)
-    reasoning: str|None = None
+    correlation_type: Literal['positive', 'negative', 'neutral'] | None = None
+    confidence: float | None = Field(None, ge=0, le=1)
+    reasoning: str | None = None
 
     def to_json(self) -> str:
         "One line of JSON that starts with `ANSWER_PREFIX` and leaves out what is unknown"
@@ -52,10 +50,10 @@ def _line(title: str) -> str:
     return ' '.join(str(title).split()).replace(' | ', ' / ')
 
 def make_prompt(
-    title_a: str,               # title of the first contract
-    title_b: str,               # title of the second contract
-    neighbours: list[dict]=(),  # similar pairs, nearest first: contract_a_title, contract_b_title, value, swapped
-    nearest_last: bool=True     # show them in reverse: the nearest stands next to the question
+    title_a: str,                 # title of the first contract
+    title_b: str,                 # title of the second contract
+    neighbours: list[dict] = (),  # similar pairs, nearest first: contract_a_title, contract_b_title, value, swapped
+    nearest_last: bool = True,    # show them in reverse: the nearest stands next to the question
 ) -> str:
     "The prompt for a pair, to be followed by `ANSWER_PREFIX` and the number"
     lines = [INSTRUCTION]
@@ -66,11 +64,12 @@ def make_prompt(
     return '\n'.join([*lines, f'{_line(title_a)} | {_line(title_b)}:', ''])
 
 # %% ../nbs/08_prompts.ipynb #26992913
-_WRITTEN = dict(correlation_type='correlation_type', confidence='analysis_confidence', reasoning='correlation_reasoning')
+_WRITTEN = dict(correlation_type='correlation_type', confidence='analysis_confidence',  # field of the answer: column
+                reasoning='correlation_reasoning')
 
 def row_completion(
-    row: dict|pd.Series,  # of a pairs frame
-    target: str           # column with the correlation
+    row: dict | pd.Series,  # of a pairs frame
+    target: str,            # column with the correlation
 ) -> str:
     "What follows the number in the JSON answer of a training row"
     known = {}
@@ -83,4 +82,5 @@ def row_completion(
 def prompt_fingerprint() -> str:
     "Short hash of how prompts and answers are written"
     n = dict(contract_a_title='a', contract_b_title='b', value=0.5, swapped=True)
-    return content_hash(make_prompt('x', 'y', [n, n]), Answer(underlying_correlation=0, correlation_type='neutral', confidence=0.5, reasoning='r').to_json())
+    answer = Answer(underlying_correlation=0, correlation_type='neutral', confidence=0.5, reasoning='r')
+    return content_hash(make_prompt('x', 'y', [n, n]), answer.to_json())

@@ -43,7 +43,6 @@ def _column(comment: str, **limits):
     "A column with a comment, which PostgreSQL keeps, too, and limits of values that come in (pydantic's terms)"
     return mapped_column(comment=comment, info=limits)
 
-# %% ../nbs/02_schema.ipynb #571380ca
 class ContractCorrelation(Base):
     "One pair of contracts with what is known about their correlation"
     __tablename__ = 'contract_correlations'
@@ -151,7 +150,6 @@ def _postgres_engine(url: sa.URL) -> sa.Engine:
     sa.event.listen(engine, 'begin', _each_transaction)
     return engine
 
-# %% ../nbs/02_schema.ipynb #1f0a030d
 def make_engine(
     url: sa.URL|str|None = None  # None: `Settings().database_url`
 ) -> sa.Engine:  # has connected once; `ConnectionError` without any secret if that failed

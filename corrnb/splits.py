@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from .data import SIDES, TITLES, PairError, add_pair_keys, map_unique, text_key
+from .data import SIDES, PairError, add_pair_keys, text_key
 from .files import content_hash
 
 # %% ../nbs/04_splits.ipynb #789ee856
@@ -23,8 +23,10 @@ def _codes(pairs: pd.DataFrame, column: str, name=str) -> tuple[np.ndarray, np.n
     "A column ('title', 'id' ...) of both contracts as (rows, 2) numbers, -1: missing; the `name`s they stand for"
     values = pd.concat([pairs[f'contract_{s}_{column}'] for s in 'ab'])
     if column == 'title': values = values.fillna('')
-    codes, names = pd.factorize(map_unique(values, name).astype(object))
-    return codes.reshape(2, -1).T, names.to_numpy()
+    of_row, values = pd.factorize(values)
+    of_value, names = pd.factorize(np.array([name(v) for v in values], dtype=object))  # each value is named once
+    codes = np.append(of_value, -1)[of_row]  # the last one where the value is missing
+    return codes.reshape(2, -1).T, names
 
 def _group_codes(pairs: pd.DataFrame, events=True, forms=False) -> tuple[np.ndarray, np.ndarray]:
     "`contract_groups` as (rows, 2) numbers; the names they stand for"
@@ -115,10 +117,8 @@ def _deal(groups: np.ndarray, fractions: tuple, seed: int) -> np.ndarray:
 # %% ../nbs/04_splits.ipynb #dece6370
 NOVELTY = ('seen', 'one_new', 'both_new')
 
-def add_novelty(
-    pairs: pd.DataFrame  # with `split`
-) -> pd.DataFrame:  # with `novelty`: 'seen', 'one_new' or 'both_new'
-    "Count for each pair how many of its contracts are in no training pair"
+def add_novelty(pairs: pd.DataFrame) -> pd.DataFrame:  # with `novelty`: 'seen', 'one_new' or 'both_new'
+    "Count for each pair of a split how many of its contracts are in no training pair"
     codes, names = _group_codes(pairs, events=False)
     return pairs.assign(novelty=_novelty(codes, len(names), (pairs.split == 'train').to_numpy()))
 
@@ -133,7 +133,7 @@ def _novelty(codes: np.ndarray, n_groups: int, train: np.ndarray) -> np.ndarray:
 def _pair_codes(pairs: pd.DataFrame, name=text_key) -> np.ndarray:
     "(rows,) numbers, equal where `name` of the two titles is, in any order"
     codes, names = _codes(pairs, 'title', name)
-    return codes.min(axis=1) * len(names) + codes.max(axis=1)
+    return pd.factorize(codes.min(axis=1) * len(names) + codes.max(axis=1))[0]
 
 def _pair_keys(pairs: pd.DataFrame, forms: bool=False) -> pd.Series:
     "`pair_key` of each row, or, with `forms`, that of the forms of its titles"

@@ -46,11 +46,11 @@ class Server:
         self.made.append(name)
         return self.url.set(database=name).render_as_string(hide_password=False)
 
-# %% ../nbs/29_testing.ipynb #8fe8912a
 def _programs() -> str:
     "Folder of PostgreSQL's programs; `SkipTest` where it is not installed, which is an error where CI=true"
     debian = sorted(Path('/usr/lib/postgresql').glob('*/bin/initdb'), key=lambda p: float(p.parts[-3]), reverse=True)
-    for found in filter(None, [shutil.which('initdb'), *debian]): return str(Path(found).resolve().parent)
+    found = shutil.which('initdb') or next(iter(debian), None)
+    if found: return str(Path(found).resolve().parent)
     message = 'no PostgreSQL: install it (Debian: apt-get install postgresql) or set CORRNB_TEST_DB_URL'
     raise RuntimeError(message) if os.environ.get('CI') == 'true' else SkipTest(message)
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from fastcore.basics import patch
 from sklearn.metrics import mean_absolute_error, r2_score
+from torch.nn.functional import pad
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
 from .answers import AnswerDistribution, AnswerGrid, model_inputs, tree_log_probs
@@ -58,12 +58,8 @@ class FrozenBlocks:
         finally: self.decoder.layers = blocks
 
     @torch.no_grad()
-    def __call__(
-        self,
-        inputs: dict,       # of the model's forward: input_ids, position_ids, attention_mask
-        real: torch.Tensor  # (rows, columns) False at padding
-    ) -> torch.Tensor:  # (rows, columns, hidden); zero at padding
-        "Hidden states of a batch after the frozen blocks"
+    def __call__(self, inputs: dict, real: torch.Tensor) -> torch.Tensor:
+        "States (rows, columns, hidden) after the frozen blocks from the model's inputs; zero at padding, not `real`"
         ids = inputs['input_ids']
         real = real.to(ids.device)
         keys = [row[r].cpu().numpy().tobytes() for row, r in zip(ids, real)]
@@ -85,16 +81,11 @@ class FrozenBlocks:
 class RegressionAugmentedTrainer(Trainer):
     "Trainer whose loss = number CE + text_loss_weight x text CE + regression_loss_weight x regression loss"
     loss_is_scaled_for_ga = True   # the loss below is already divided by the sizes of the whole step
+    _parts = None                  # sums for the next line of the log
 
-    def __init__(
-        self,
-        *args,
-        answer_grid: AnswerGrid,
-        config: TrainingConfig,
-        frozen: FrozenBlocks|None=None,  # of another training on the same base model, with what it has kept
-        **kwargs                         # of transformers' Trainer
-    ):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, answer_grid: AnswerGrid, config: TrainingConfig, frozen: FrozenBlocks|None=None, **kw):
+        "`frozen`: of another training on the same base model, with what it has kept; the others are Trainer's"
+        super().__init__(*args, **kw)
         self.grid, self.config = answer_grid, config
         self.model_accepts_loss_kwargs = True  # as above, for older versions of transformers
         self.compute_metrics, self.label_names = self._validation_metrics, ['values']
@@ -102,16 +93,11 @@ class RegressionAugmentedTrainer(Trainer):
         self.frozen = (frozen if frozen and frozen.n == n else FrozenBlocks(self.model, n)) if n else None
         self.fitted = np.full(len(self.train_dataset), np.nan)  # prediction of each row when it was last trained on,
         self.fitted_at = np.full(len(self.train_dataset), -1)   # and the step of it
-        self._reset_parts()
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         "Weight of the rows and number of text tokens of a step, all its micro-batches and processes: a tensor of two"
         sizes = [[b['weights'].sum(), (b['labels'] != -100).sum()] for b in batch_samples]
-        return self._summed(torch.tensor(sizes, device=device).sum(0))
-
-    def _summed(self, x: torch.Tensor) -> torch.Tensor:
-        "Sum over the processes"
-        return self.accelerator.reduce(x, 'sum') if self.args.world_size > 1 else x
+        return self.accelerator.reduce(torch.tensor(sizes, device=device).sum(0), 'sum')
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "The hybrid loss of a micro-batch as its share of the optimizer step's loss"
@@ -126,81 +112,59 @@ class RegressionAugmentedTrainer(Trainer):
         loss = loss*self.args.world_size   # processes average their gradients, the sizes are of all of them
         return (loss, dist) if return_outputs else loss
 
-# %% ../nbs/16_training.ipynb #abce6981
-@patch
-def _logits(self: RegressionAugmentedTrainer, model, inputs: dict, keep: int) -> torch.Tensor:
-    "Logits of the last `keep` columns, (rows, keep, vocabulary)"
-    arguments = model_inputs(self.accelerator.unwrap_model(model), inputs, keep)
-    if self.frozen is None: return model(**arguments).logits
-    states = self.frozen(arguments, inputs['real'])
-    del arguments['input_ids']
-    with self.frozen.skipped(): return model(**arguments, inputs_embeds=states).logits
+    def row_losses(self, model, inputs: dict) -> tuple[dict, AnswerDistribution]:
+        "Number CE and regression loss per row, sum of the text CE, and the distributions, from one forward pass"
+        log_probs, text = self._answers(model, inputs)
+        y, z_se = (inputs[k].to(log_probs.device) for k in ('values', 'z_se'))
+        dist = AnswerDistribution(self.grid.values.to(log_probs.device), log_probs)
+        targets = soft_targets(dist.values, y, z_se) if self.config.soft_targets else self.grid.index(y)
+        regression = regression_loss(dist, y, self.config.regression_loss_type)
+        return dict(number=number_ce(log_probs, targets), text=text, regression=regression), dist
 
-@patch
-def _answers(self: RegressionAugmentedTrainer, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    "Log p of every answer, (rows, n_values), and the sum of the text CE"
-    n, t = self.grid.n_nodes, inputs['labels'].shape[1]
-    logits = self._logits(model, inputs, n + t)
-    nodes = torch.arange(n) + t*(torch.arange(n) > 0)   # the root is the prefix's end, the others follow the completion
-    log_probs = tree_log_probs(self.grid, logits, nodes)
-    if not t: return log_probs, logits.new_zeros(()).float()
-    labels = F.pad(inputs['labels'].to(logits.device), (0, n), value=-100)   # slices of logits: gradients full of zeros
-    return log_probs, token_ce(logits, labels)[0]
+    def _answers(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        "Log p of every answer, (rows, n_values), and the sum of the text CE"
+        n, t = self.grid.n_nodes, inputs['labels'].shape[1]
+        logits = self._logits(model, inputs, n + t)
+        nodes = torch.arange(n) + t*(torch.arange(n) > 0)   # the root is the prefix's end, the others follow the text
+        log_probs = tree_log_probs(self.grid, logits, nodes)
+        if not t: return log_probs, logits.new_zeros(()).float()
+        labels = pad(inputs['labels'].to(logits.device), (0, n), value=-100)   # slices of logits: gradients of zeros
+        return log_probs, token_ce(logits, labels)[0]
 
-@patch
-def row_losses(self: RegressionAugmentedTrainer, model, inputs: dict) -> tuple[dict, AnswerDistribution]:
-    "Number CE and regression loss per row, sum of the text CE, and the distributions, from one forward pass"
-    log_probs, text = self._answers(model, inputs)
-    y, z_se = (inputs[k].to(log_probs.device) for k in ('values', 'z_se'))
-    dist = AnswerDistribution(self.grid.values.to(log_probs.device), log_probs)
-    targets = soft_targets(dist.values, y, z_se) if self.config.soft_targets else self.grid.index(y)
-    regression = regression_loss(dist, y, self.config.regression_loss_type)
-    return dict(number=number_ce(log_probs, targets), text=text, regression=regression), dist
+    def _logits(self, model, inputs: dict, keep: int) -> torch.Tensor:
+        "Logits of the last `keep` columns, (rows, keep, vocabulary)"
+        arguments = model_inputs(self.accelerator.unwrap_model(model), inputs, keep)
+        if self.frozen is None: return model(**arguments).logits
+        states = self.frozen(arguments, inputs['real'])
+        del arguments['input_ids']
+        with self.frozen.skipped(): return model(**arguments, inputs_embeds=states).logits
 
-# %% ../nbs/16_training.ipynb #15db25d9
-@patch
-def _reset_parts(self: RegressionAugmentedTrainer): self._parts, self._since = None, time.perf_counter()
+    def _keep(self, parts: dict, dist: AnswerDistribution, inputs: dict):
+        "Add a micro-batch to the sums that the next log line shows, and note its predictions"
+        real = inputs['weights'] > 0
+        rows = real.to(dist.log_probs.device)
+        sums = [parts['number'][rows].sum(), parts['text'], parts['regression'][rows].sum(),
+                dist.log_mass.exp()[rows].sum(), real.sum(), (inputs['labels'] != -100).sum(),
+                inputs['n_tokens'][real].sum()]
+        sums = torch.stack([x.detach().float().to(rows.device) for x in sums])
+        self._parts = sums if self._parts is None else self._parts + sums
+        places = inputs['places'][real].cpu()
+        self.fitted[places], self.fitted_at[places] = dist.mean.detach()[rows].float().cpu(), self.state.global_step
 
-@patch
-def _keep(self: RegressionAugmentedTrainer, parts: dict, dist: AnswerDistribution, inputs: dict):
-    "Add a micro-batch to the sums that the next log line shows, and note its predictions"
-    real = inputs['weights'] > 0
-    rows = real.to(dist.log_probs.device)
-    sums = [parts['number'][rows].sum(), parts['text'], parts['regression'][rows].sum(),
-            dist.log_mass.exp()[rows].sum(), real.sum(),
-            (inputs['labels'] != -100).sum(), inputs['n_tokens'][real].sum()]
-    sums = torch.stack([x.detach().float().to(rows.device) for x in sums])
-    self._parts = sums if self._parts is None else self._parts + sums
-    places = inputs['places'][real].cpu()
-    self.fitted[places], self.fitted_at[places] = dist.mean.detach()[rows].float().cpu(), self.state.global_step
-
-@patch
-def _share_fitted(self: RegressionAugmentedTrainer):
-    "Of each row the newest prediction of all processes"
-    if self.args.world_size == 1: return
-    mine = np.stack([self.fitted_at, self.fitted])
-    mine = torch.tensor(mine, dtype=torch.float32, device=self.accelerator.device)
-    at, fitted = self.accelerator.gather(mine[None]).cpu().numpy().astype(float).swapaxes(0, 1)
-    newest = at.argmax(0)[None]
-    self.fitted_at, self.fitted = (np.take_along_axis(x, newest, 0)[0] for x in (at, fitted))
-
-@patch
-def log(self: RegressionAugmentedTrainer, logs: dict, start_time: float|None=None):
-    "Add the parts of the loss, on-grid mass and tokens/s (prompt and completion, without padding) to Trainer's log"
-    if self._parts is not None and ('loss' in logs or 'train_runtime' in logs):   # the second: the steps left over
-        number, text, regression, mass, rows, n_text, tokens = self._summed(self._parts).tolist()
-        logs |= dict(number_ce=number/rows, text_ce=text/max(n_text, 1), regression_loss=regression/rows,
-                     on_grid_mass=mass/rows, tokens=tokens,
-                     tokens_per_second=tokens/(time.perf_counter() - self._since))
-        self._reset_parts()
-    super(RegressionAugmentedTrainer, self).log(logs, start_time)
+    def log(self, logs: dict, start_time: float|None=None):
+        "Add the parts of the loss, on-grid mass and tokens/s (prompt and completion, without padding) to Trainer's log"
+        if self._parts is not None and ('loss' in logs or 'train_runtime' in logs):   # the second: the steps left over
+            number, text, regression, mass, rows, n_text, tokens = self.accelerator.reduce(self._parts, 'sum').tolist()
+            logs |= dict(number_ce=number/rows, text_ce=text/max(n_text, 1), regression_loss=regression/rows,
+                         on_grid_mass=mass/rows, tokens=tokens)
+            logs['tokens_per_second'] = tokens/(time.perf_counter() - self._since)
+            self._parts, self._since = None, time.perf_counter()
+        super().log(logs, start_time)
 
 # %% ../nbs/16_training.ipynb #318c8462
 @patch
-def prediction_step(
-    self: RegressionAugmentedTrainer, model, inputs, prediction_loss_only=False, ignore_keys=None
-):  # None, log p of every answer (rows, n_values), and the true values (rows,), for `_validation_metrics`
-    "Answers instead of logits"
+def prediction_step(self: RegressionAugmentedTrainer, model, inputs, prediction_loss_only=False, ignore_keys=None):
+    "Log p of every answer, (rows, n_values), and the true values, for `_validation_metrics`"
     inputs = self._prepare_inputs(inputs)
     with torch.no_grad(): _, dist = self.row_losses(model, inputs)
     return None, dist.log_probs, inputs['values']
@@ -219,7 +183,6 @@ def distribution(self: RegressionAugmentedTrainer, model, prompts: list[str], **
     items = [dict(prompt=p, completion='', value=0., z_se=0., weight=1., place=0) for p in prompts]
     return AnswerDistribution(self.grid.values, torch.tensor(self.predict(items).predictions))
 
-# %% ../nbs/16_training.ipynb #851fc2c3
 @patch(as_prop=True)
 def step_rows(self: RegressionAugmentedTrainer) -> int:
     "Rows of an optimizer step"
@@ -232,9 +195,7 @@ def _get_train_sampler(self: RegressionAugmentedTrainer, train_dataset=None):
     together = self.args.per_device_train_batch_size*self.args.world_size if self.args.world_size > 1 else 1
     return StepSampler(lengths, self.step_rows, self.config.seed, together)
 
-# %% ../nbs/16_training.ipynb #a348bfb5
-_MARKER = 'complete.json'
-
+# %% ../nbs/16_training.ipynb #c0cc9874
 @patch(as_prop=True)
 def fingerprint(self: RegressionAugmentedTrainer) -> str:
     "Short hash of all that shapes the training"
@@ -243,7 +204,14 @@ def fingerprint(self: RegressionAugmentedTrainer) -> str:
     validation = self.eval_dataset and self.eval_dataset.fingerprint
     return content_hash(settings, manifest(self.model, self.grid), self.train_dataset.fingerprint, validation)
 
-# %% ../nbs/16_training.ipynb #c0cc9874
+@patch
+def _share_fitted(self: RegressionAugmentedTrainer):
+    "Of each row the newest prediction of all processes"
+    mine = torch.tensor(np.stack([self.fitted_at, self.fitted])[None], dtype=torch.float32)
+    at, fitted = self.accelerator.gather(mine.to(self.accelerator.device)).cpu().numpy().astype(float).swapaxes(0, 1)
+    newest = at.argmax(0)[None]
+    self.fitted_at, self.fitted = (np.take_along_axis(x, newest, 0)[0] for x in (at, fitted))
+
 @patch
 def _save(self: RegressionAugmentedTrainer, output_dir=None, state_dict=None):
     "The adapter alone; Trainer's own asks the hub about the vocabulary and writes a pickle"
@@ -259,12 +227,12 @@ def _save_checkpoint(self: RegressionAugmentedTrainer, model, trial=None):
     folder = Path(self.args.output_dir)/f'checkpoint-{self.state.global_step}'
     np.save(folder/'fitted.npy', self.fitted, allow_pickle=False)
     fsync_tree(folder)
-    atomic_write(folder/_MARKER, json.dumps(dict(fingerprint=self.fingerprint, step=self.state.global_step)))
+    atomic_write(folder/'complete.json', json.dumps(dict(fingerprint=self.fingerprint, step=self.state.global_step)))
 
 @patch
 def _ours(self: RegressionAugmentedTrainer, checkpoint: Path) -> bool:
     "Is it complete, and of this very training?"
-    try: return json.loads((checkpoint/_MARKER).read_text())['fingerprint'] == self.fingerprint
+    try: return json.loads((checkpoint/'complete.json').read_text())['fingerprint'] == self.fingerprint
     except FileNotFoundError: return False     # not complete, or just removed by another process
 
 @patch
@@ -305,15 +273,12 @@ def _halve(self: RegressionAugmentedTrainer, error: Exception):
 @patch
 def _restore(self: RegressionAugmentedTrainer, weights: dict):
     "Everything as before training: trained weights, no optimizer, no predictions"
-    trained = dict(self.model.named_parameters())
-    with torch.no_grad():
-        for name, w in weights.items(): trained[name].copy_(w)
+    self.model.load_state_dict(weights, strict=False)
     self.model.zero_grad()
     self.optimizer, self.lr_scheduler, self.model_wrapped = None, None, self.model
     self.fitted[:], self.fitted_at[:] = np.nan, -1
     clear_device_cache(garbage_collection=True)
 
-# %% ../nbs/16_training.ipynb #ad6387aa
 @patch
 def train(
     self: RegressionAugmentedTrainer,
@@ -329,7 +294,7 @@ def train(
     while True:
         if start: self.fitted = np.load(Path(start)/'fitted.npy', allow_pickle=False)
         set_seed(self.args.seed)
-        self._reset_parts()
+        self._parts, self._since = None, time.perf_counter()
         try: result = super(RegressionAugmentedTrainer, self).train(str(start) if start else None, **kwargs)
         except RuntimeError as e:
             if not should_reduce_batch_size(e): raise
@@ -341,49 +306,38 @@ def train(
         start = self.newest_checkpoint() or start
 
 # %% ../nbs/16_training.ipynb #f8c8e629
-def _arguments(
-    config: TrainingConfig,
-    weights: torch.Tensor,  # of the model; they tell device and type
-    n_rows: int,            # training rows
-    validate: bool
-) -> dict:
-    "Arguments of transformers' TrainingArguments"
-    c, on_cpu = config, weights.device.type == 'cpu'
-    step_rows = c.per_device_train_batch_size*c.gradient_accumulation_steps*int(os.environ.get('WORLD_SIZE', 1))
-    every = -(-n_rows//step_rows//c.checks_per_epoch)   # optimizer steps between checks; each has a line in the log
-    same = ('output_dir', 'num_train_epochs', 'per_device_train_batch_size', 'gradient_accumulation_steps',
-            'learning_rate', 'optim', 'seed')
-    arguments = {name: getattr(c, name) for name in same}
-    arguments |= dict(lr_scheduler_type='linear', warmup_steps=c.warmup_fraction, remove_unused_columns=False,
-                      bf16=weights.device.type == 'cuda' and weights.dtype == torch.bfloat16,   # else float32
-                      use_cpu=on_cpu, ddp_backend='gloo' if on_cpu and 'RANK' in os.environ else None,
-                      ddp_find_unused_parameters=False, dataloader_pin_memory=False,
-                      logging_steps=min(5, every), report_to='none', save_strategy='steps', save_steps=every,
-                      save_total_limit=2)
-    if not validate: return arguments
-    return arguments | dict(eval_strategy='steps', eval_steps=every, per_device_eval_batch_size=8,
-                            load_best_model_at_end=True, metric_for_best_model='crps', greater_is_better=False)
-
 def make_trainer(
-    model,                           # with a LoRA adapter, see `models.add_lora`
+    model,                               # with a LoRA adapter, see `models.add_lora`
     grid: AnswerGrid,
     rows: TrainingRows,
     config: TrainingConfig,
-    validation: TrainingRows=None,   # rows to validate on; the best checkpoint on them is what remains
+    validation: TrainingRows|None=None,  # rows to validate on; the best checkpoint on them is what remains
     cls: type=RegressionAugmentedTrainer,
-    frozen: FrozenBlocks|None=None,  # of another training on the same base model: what it has kept is used
-    **arguments                      # further transformers.TrainingArguments
+    frozen: FrozenBlocks|None=None,      # of another training on the same base model: what it has kept is used
+    **arguments                          # further transformers.TrainingArguments
 ) -> RegressionAugmentedTrainer:
-    "A trainer for the rows; ValueError if the model has nothing to train"
+    "A trainer for the rows; ValueError if the model has nothing to train, or is to be spread over processes"
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError('the model has no trainable weights: add an adapter with add_lora')
     if os.environ.get('ACCELERATE_USE_FSDP', '').lower() == 'true':
-        raise ValueError('weights spread over processes (FSDP) are not supported: `accelerate launch --multi_gpu`, '
-                         'where each process holds the whole model')
-    own = _arguments(config, model.get_input_embeddings().weight, len(rows), validation is not None)
-    if config.gradient_checkpointing: model.gradient_checkpointing_enable(dict(use_reentrant=False))
-    patience = config.early_stopping_patience if validation is not None else 0
+        raise ValueError('weights spread over processes (FSDP) are not supported: launch with --multi_gpu instead')
+    c, weights = config, model.get_input_embeddings().weight
+    on_cpu = weights.device.type == 'cpu'
+    step_rows = c.per_device_train_batch_size*c.gradient_accumulation_steps*int(os.environ.get('WORLD_SIZE', 1))
+    every = -(-len(rows)//step_rows//c.checks_per_epoch)   # optimizer steps between checks; each has a line in the log
+    same = ('output_dir', 'num_train_epochs', 'per_device_train_batch_size', 'gradient_accumulation_steps',
+            'learning_rate', 'optim', 'seed')
+    own = {name: getattr(c, name) for name in same} | dict(
+        lr_scheduler_type='linear', warmup_steps=c.warmup_fraction, save_steps=every, save_total_limit=2,
+        bf16=not on_cpu and weights.dtype == torch.bfloat16,   # else the adapter computes in float32
+        use_cpu=on_cpu, ddp_backend='gloo' if on_cpu and 'RANK' in os.environ else None,
+        ddp_find_unused_parameters=False, dataloader_pin_memory=False, remove_unused_columns=False,
+        logging_steps=min(5, every), report_to='none')
+    if validation is not None:
+        own |= dict(eval_strategy='steps', eval_steps=every, per_device_eval_batch_size=8, load_best_model_at_end=True,
+                    metric_for_best_model='crps', greater_is_better=False)
+    if c.gradient_checkpointing: model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    stop = [EarlyStoppingCallback(c.early_stopping_patience)] if c.early_stopping_patience and validation else []
     return cls(model=model, args=TrainingArguments(**own | arguments), train_dataset=rows, eval_dataset=validation,
-               callbacks=[EarlyStoppingCallback(patience)] if patience else [], answer_grid=grid, config=config,
-               frozen=frozen, data_collator=PairCollator(grid, config.text_loss_weight > 0),
-               processing_class=grid.tokenizer)
+               callbacks=stop, answer_grid=grid, config=c, frozen=frozen, processing_class=grid.tokenizer,
+               data_collator=PairCollator(grid, c.text_loss_weight > 0))

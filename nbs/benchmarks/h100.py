@@ -2,12 +2,13 @@
 
     python h100.py RESULTS [PART ...] [--tiny] [--minutes 10] [--models FOLDER]
 
-Parts run one after the other, each in a process of its own, the most important first: bf16, nf4, trl, merged, load. Each has its
-share of the minutes. Every figure is printed and saved in RESULTS the moment it is measured. The same command again goes on with the
-steps that are missing. bf16 and trl make their weights on the GPU; the others read them from FOLDER (22 GB, made once; one in memory,
-such as /dev/shm, is the fastest). What cannot be measured because bitsandbytes, faiss or trl is missing becomes a line that says so.
-Texts are cut by Llama 3's tokenizer, a file of the package llama-models (pip install --no-deps llama-models). `--tiny`: a model of two
-layers, also on a CPU, to see that everything works.
+Parts run one after the other, each in a process of its own, the most important first: bf16, nf4, trl, merged, load.
+Each has its share of the minutes. Every figure is printed and saved in RESULTS the moment it is measured. The same
+command again goes on with the steps that are missing. bf16 and trl make their weights on the GPU; the others read them
+from FOLDER (22 GB, made once; one in memory, such as /dev/shm, is the fastest). What cannot be measured because
+bitsandbytes, faiss or trl is missing becomes a line that says so. Texts are cut by Llama 3's tokenizer, a file of the
+package llama-models (pip install --no-deps llama-models). `--tiny`: a model of two layers, also on a CPU, to see that
+everything works.
 Random weights say nothing about accuracy, and speed does not depend on them.
 """
 import argparse
@@ -31,14 +32,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # what a figure should reach on one H100
-BOTH = {'hybrid / cross-entropy, time at 16 rows': '<= 1.15', 'contracts embedded': '<= 10 s', 'rows evaluated': '<= 5 s',
-        'one query, p50': '<= 0.1 s'}
-TARGETS = {'hybrid training at 16 rows, nf4': '>= 6000 tokens/s', 'hybrid training at 16 rows, bf16': '>= 10000 tokens/s',
+BOTH = {'hybrid / cross-entropy, time at 16 rows': '<= 1.15', 'contracts embedded': '<= 10 s',
+        'rows evaluated': '<= 5 s', 'one query, p50': '<= 0.1 s'}
+TARGETS = {'hybrid training at 16 rows, nf4': '>= 6000 tokens/s',
+           'hybrid training at 16 rows, bf16': '>= 10000 tokens/s',
            **{f'{what}, {kind}': target for what, target in BOTH.items() for kind in ('nf4', 'bf16')},
            'one query, p50, merged': '<= 0.1 s', 'corrnb / TRL, tokens/s': '>= 0.95'}
 PARTS = dict(bf16=150, nf4=240, trl=80, merged=60, load=50)      # the most important first; seconds of ten minutes
 PEAK = 989e12               # dense bf16 of an H100 SXM, FLOP/s
-TRAINED_TOKEN = 28.3e9      # FLOP of a trained token: 14.0 forward, as many backward as the weights are frozen, and the adapter
+TRAINED_TOKEN = 28.3e9      # FLOP of a trained token: 14.0 forward, as many backward (frozen weights), and the adapter
 TARGET = 'underlying_event_correlation'
 
 
@@ -46,16 +48,20 @@ TARGET = 'underlying_event_correlation'
 
 def sizes(tiny: bool) -> dict:
     "How much of everything"
-    return dict(pairs=12, rows=24, epochs=1, evaluated=6, queries=3, written=4, tokens=200, steps=2, warm=1, rounds=1) if tiny else \
-           dict(pairs=750, rows=525, epochs=3, evaluated=113, queries=100, written=60, tokens=300, steps=8, warm=2, rounds=3)
+    if tiny:
+        return dict(pairs=12, rows=24, epochs=1, evaluated=6, queries=3, written=4, tokens=200, steps=2, warm=1,
+                    rounds=1)
+    return dict(pairs=750, rows=525, epochs=3, evaluated=113, queries=100, written=60, tokens=300, steps=8, warm=2,
+                rounds=3)
 
 def llama_tokenizer(tiny: bool=False):
-    "Llama 3's tokenizer from the package llama-models; without it, or for the tiny model, a small one that also reads three digits at once"
-    from corrnb.models import _LLAMA3_SPLIT, tiny_tokenizer
+    "Llama 3's tokenizer from the package llama-models; without it, or if tiny, a small one that reads three digits too"
+    from corrnb.models import LLAMA3_SPLIT, tiny_tokenizer
     if tiny: return tiny_tokenizer('three_digits')
     spec = importlib.util.find_spec('llama_models')
     if spec is None:
-        print('no Llama 3 tokenizer (pip install --no-deps llama-models): with a small one, a text has more tokens', flush=True)
+        print('no Llama 3 tokenizer (pip install --no-deps llama-models): with a small one, a text has more tokens',
+              flush=True)
         return tiny_tokenizer('three_digits')
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -64,10 +70,11 @@ def llama_tokenizer(tiny: bool=False):
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
     byte = bytes_to_unicode()
     def text(token): return ''.join(byte[b] for b in token)
-    merges = sorted((rank, ranks[t[:i]], ranks[t[i:]], text(t[:i]), text(t[i:])) for t, rank in ranks.items() for i in range(1, len(t))
+    merges = sorted((rank, ranks[t[:i]], ranks[t[i:]], text(t[:i]), text(t[i:])) for t, rank in ranks.items()
+                    for i in range(1, len(t))
                     if t[:i] in ranks and t[i:] in ranks)
     tok = Tokenizer(models.BPE({text(t): r for t, r in ranks.items()}, [m[3:] for m in merges], ignore_merges=True))
-    split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), 'isolated')
+    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), 'isolated')
     tok.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
     special = ['<|begin_of_text|>', '<|end_of_text|>', *(f'<|reserved_special_token_{i}|>' for i in range(254))]
@@ -78,8 +85,11 @@ def llama_tokenizer(tiny: bool=False):
 def config(tiny: bool):
     "The shape of Llama 3.1 8B, or of a tiny model with the same kinds of layers"
     from transformers import LlamaConfig
-    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2) if tiny else \
-            dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
+    shape = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                 num_key_value_heads=8)
+    if tiny:
+        shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                     num_key_value_heads=2)
     tokens = dict(vocab_size=520, bos_token_id=1, eos_token_id=2) if tiny else \
              dict(vocab_size=128256, bos_token_id=128000, eos_token_id=128001)
     rope = dict(rope_type='llama3', rope_theta=500000., factor=8., low_freq_factor=1., high_freq_factor=4.,
@@ -104,7 +114,8 @@ class Bench:
     def __init__(self, results: Path, models: Path, part: str, tiny: bool):
         import torch
         self.folder, self.part, self.tiny, self.n, self.failed = results, part, tiny, sizes(tiny), []
-        self.known, self.machine, self.cuda = read_part(results, part) | dict(tiny=tiny), machine(), torch.cuda.is_available()
+        self.known = read_part(results, part) | dict(tiny=tiny)
+        self.machine, self.cuda = machine(), torch.cuda.is_available()
         self.model_folder = models/('tiny' if tiny else 'llama-3.1-8b-random')
         self.device, self.dtype = ('cuda:0', torch.bfloat16) if self.cuda else ('cpu', torch.float32)
         if not self.cuda: torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 2)))
@@ -114,7 +125,7 @@ class Bench:
         from corrnb.files import atomic_write
         atomic_write(self.folder/f'{self.part}.json', json.dumps(self.known, indent=1))
 
-    def say(self, what: str, value: float|None, unit: str, note: str=''):
+    def record(self, what: str, value: float|None, unit: str, note: str=''):
         "A figure, in place of an earlier one"
         figure = dict(what=what, value=value, unit=unit, note=note, machine=self.machine, tokenizer=self.tokenizer_name)
         self.known['figures'] = [f for f in self.known['figures'] if f['what'] != what] + [figure]
@@ -140,7 +151,7 @@ class Bench:
         known = {f['what'] for f in self.known['figures'] if f['value'] is not None or f['note'] == reason}
         mine = [what for what in TARGETS if what.endswith(f', {self.part}') or self.part == 'trl' and 'TRL' in what]
         for what in mine or ['load NF4']:
-            if what not in known: self.say(what, None, '', reason)
+            if what not in known: self.record(what, None, '', reason)
 
     def sync(self):
         import torch
@@ -150,9 +161,11 @@ class Bench:
     def clock(self):
         "A list that holds the seconds of the block when it is over"
         took = []
-        self.sync(); start = time.perf_counter()
+        self.sync()
+        start = time.perf_counter()
         yield took
-        self.sync(); took.append(time.perf_counter() - start)
+        self.sync()
+        took.append(time.perf_counter() - start)
 
     def reset_memory(self):
         "Free what nobody holds, and measure the peak from here"
@@ -170,7 +183,8 @@ class Bench:
     def share(self, tokens_per_second: float) -> str:
         "Of what the card could train at its peak"
         import torch
-        if self.tiny or not self.cuda or not any(card in torch.cuda.get_device_name() for card in ('H100', 'H200')): return ''
+        if self.tiny or not self.cuda or not any(card in torch.cuda.get_device_name() for card in ('H100', 'H200')):
+            return ''
         return f', {tokens_per_second*TRAINED_TOKEN/PEAK:.0%} of the peak'
 
     def random_model(self):
@@ -187,8 +201,9 @@ class Bench:
         from corrnb.files import atomic_dir
         if self.model_folder.exists(): return
         model = self.random_model()
-        with self.clock() as took, atomic_dir(self.model_folder) as tmp: model.save_pretrained(tmp, max_shard_size='5GB')
-        self.say('random weights written', took[0], 's', f'{model.num_parameters()/1e9:.2f} billion')
+        with self.clock() as took, atomic_dir(self.model_folder) as tmp:
+            model.save_pretrained(tmp, max_shard_size='5GB')
+        self.record('random weights written', took[0], 's', f'{model.num_parameters()/1e9:.2f} billion')
 
     def load(self, quantize: bool):
         "The model from the disk"
@@ -208,7 +223,8 @@ class Bench:
         "The tokenizer; Llama's is put together once, which takes a while"
         from corrnb.files import atomic_dir
         from corrnb.models import load_tokenizer
-        if (folder := self.model_folder.parent/'tokenizer').exists() and not self.tiny: return load_tokenizer(str(folder))
+        if (folder := self.model_folder.parent/'tokenizer').exists() and not self.tiny:
+            return load_tokenizer(str(folder))
         tokenizer = llama_tokenizer(self.tiny)
         if len(tokenizer) > 100_000:
             with atomic_dir(folder) as tmp: tokenizer.save_pretrained(tmp)
@@ -233,7 +249,7 @@ def line(figure: dict, tiny: bool=False) -> str:
 # -- the rows
 
 def market_rows(n: int, tokenizer, tokens: int):
-    "`n` pairs of the simulated market with written fields, and as many similar pairs each as make about `tokens` tokens a row"
+    "`n` pairs of the simulated market with written fields, with as many similar pairs as make about `tokens` tokens"
     import pandas as pd
 
     from corrnb.demo import simulate_market
@@ -245,11 +261,14 @@ def market_rows(n: int, tokenizer, tokens: int):
     rows['correlation_reasoning'] = [f'What moves {a} also moves {b}, though each has news of its own.'
                                      for a, b in zip(rows.contract_a_event_id, rows.contract_b_event_id)]
     rows['analysis_confidence'] = [0.6 + 0.05*(i % 7) for i in range(n)]
-    others = pairs.rename(columns={TARGET: 'value'})[['contract_a_title', 'contract_b_title', 'value']].to_dict('records')
+    others = pairs.rename(columns={TARGET: 'value'})
+    others = others[['contract_a_title', 'contract_b_title', 'value']].to_dict('records')
     def near(i, k): return [others[(7*i + 11*j + 1) % len(others)] for j in range(k)]
     def length(k):
-        prompts = [make_prompt(r.contract_a_title, r.contract_b_title, near(i, k)) for i, r in enumerate(rows.head(40).itertuples())]
-        texts = [p + ANSWER_PREFIX + '0.50' + row_completion(r, TARGET) for p, r in zip(prompts, rows.to_dict('records'))]
+        prompts = [make_prompt(r.contract_a_title, r.contract_b_title, near(i, k))
+                   for i, r in enumerate(rows.head(40).itertuples())]
+        texts = [p + ANSWER_PREFIX + '0.50' + row_completion(r, TARGET)
+                 for p, r in zip(prompts, rows.to_dict('records'))]
         return sum(map(len, encode(tokenizer, texts)))/len(texts)
     k = min(range(1, 13), key=lambda k: abs(length(k) - tokens))
     return rows, [near(i, k) for i in range(n)], k
@@ -262,7 +281,9 @@ def distinct_pairs(n: int):
     pairs = simulate_market().pairs
     rows = pd.concat([pairs]*(-(-n//len(pairs)))).head(n).reset_index(drop=True)
     rows['id'], rows['split'] = [f'pair {i}' for i in range(n)], 'train'
-    for side in 'ab': rows[f'contract_{side}_title'] = [f'{t} ({side.upper()}{i})' for i, t in enumerate(rows[f'contract_{side}_title'])]
+    for side in 'ab':
+        rows[f'contract_{side}_title'] = [f'{t} ({side.upper()}{i})'
+                                          for i, t in enumerate(rows[f'contract_{side}_title'])]
     return rows
 
 
@@ -278,7 +299,8 @@ def trainers():
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             m, t = self.grid.n_nodes - 1, inputs['labels'].shape[1]
             ids, real, place = (inputs[k][:, :-m] for k in ('input_ids', 'real', 'position_ids'))
-            logits = model(input_ids=ids, position_ids=place, attention_mask=real.long(), logits_to_keep=t + 1, use_cache=False).logits
+            logits = model(input_ids=ids, position_ids=place, attention_mask=real.long(), logits_to_keep=t + 1,
+                           use_cache=False).logits
             labels = ids[:, -t:].masked_fill(~real[:, -t:], -100)
             return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten())
     return {'hybrid': RegressionAugmentedTrainer, 'cross-entropy': CrossEntropy}
@@ -292,7 +314,8 @@ def timed_training(bench: Bench, trainer, count) -> float:
         tokens.append(int(count(batch)))
         return batch
     class Clock(TrainerCallback):
-        def on_train_begin(self, *args, **kwargs): ends.clear(), tokens.clear()     # also where it begins again with smaller batches
+        def on_train_begin(self, *args, **kwargs):
+            ends.clear(), tokens.clear()     # also where it begins again with smaller batches
         def on_step_end(self, *args, **kwargs):
             bench.sync()
             ends.append(time.perf_counter())
@@ -324,9 +347,11 @@ def train_speed(bench: Bench, batch: int):
         with tempfile.TemporaryDirectory() as folder:
             trainer = our_trainer(bench, bench.model, rows, near, batch, cls, folder)
             speed[loss] = timed_training(bench, trainer, lambda b: b['n_tokens'].sum())
-        at_once = '' if (size := trainer.args.per_device_train_batch_size) == batch else f', only {size} rows fit at a time'
-        bench.say(f'{loss} training at {batch} rows, {name}', speed[loss], 'tokens/s', bench.peak() + bench.share(speed[loss]) + at_once)
-    bench.say(f'hybrid / cross-entropy, time at {batch} rows, {name}', speed['cross-entropy']/speed['hybrid'], '')
+        size = trainer.args.per_device_train_batch_size
+        at_once = '' if size == batch else f', only {size} rows fit at a time'
+        bench.record(f'{loss} training at {batch} rows, {name}', speed[loss], 'tokens/s',
+                  bench.peak() + bench.share(speed[loss]) + at_once)
+    bench.record(f'hybrid / cross-entropy, time at {batch} rows, {name}', speed['cross-entropy']/speed['hybrid'], '')
 
 def whole_run(bench: Bench):
     "All rows and epochs of the profile, with validation and checkpoints"
@@ -342,8 +367,9 @@ def whole_run(bench: Bench):
         trainer.remove_callback(PrinterCallback)
         with bench.clock() as took: trainer.train()
     speed = tokens*n['epochs']/took[0]
-    bench.say(f"whole training, {n['rows']} rows x {n['epochs']} epochs, {name}", took[0], 's',
-              f"{tokens/n['rows']:.0f} tokens a row, {k} similar pairs; {speed:,.0f} tokens/s{bench.share(speed)}; {bench.peak()}")
+    bench.record(f"whole training, {n['rows']} rows x {n['epochs']} epochs, {name}", took[0], 's',
+              f"{tokens/n['rows']:.0f} tokens a row, {k} similar pairs; {speed:,.0f} tokens/s{bench.share(speed)}; "
+              f"{bench.peak()}")
 
 
 # -- inference
@@ -361,12 +387,14 @@ def answer_speed(bench: Bench):
     PairRetriever.build(known.head(8), TARGET, embedder, bench.tokenizer, layers)          # warm
     bench.reset_memory()
     with bench.clock() as took: retriever = PairRetriever.build(known, TARGET, embedder, bench.tokenizer, layers)
-    bench.say(f'contracts embedded, {name}', took[0], 's', f"{2*n['pairs']} texts of {n['pairs']} pairs, and the index; {bench.peak()}")
+    bench.record(f'contracts embedded, {name}', took[0], 's',
+              f"{2*n['pairs']} texts of {n['pairs']} pairs, and the index; {bench.peak()}")
     predictor = CorrelationPredictor(model, bench.grid, retriever, k, batch_tokens=16384)
-    predictor.predict(rest.contract_a_title.iloc[-1], rest.contract_b_title.iloc[-1])      # checks the tree, once for a model
+    predictor.predict(rest.contract_a_title.iloc[-1], rest.contract_b_title.iloc[-1])   # checks the tree, once a model
     bench.reset_memory()
     with bench.clock() as took: predictor.predict_many(rest.head(n['evaluated']))
-    bench.say(f'rows evaluated, {name}', took[0], 's', f"{n['evaluated']} rows in both orders, with embedding and search; {bench.peak()}")
+    bench.record(f'rows evaluated, {name}', took[0], 's',
+              f"{n['evaluated']} rows in both orders, with embedding and search; {bench.peak()}")
     query_speed(bench, predictor, rest[n['evaluated']:n['evaluated'] + n['queries']], k)
 
 def query_speed(bench: Bench, predictor, rows, k: int):
@@ -382,8 +410,9 @@ def query_speed(bench: Bench, predictor, rows, k: int):
     prompts = predictor._prompts([tuple(rows.iloc[-1][['contract_a_title', 'contract_b_title']])], near)
     ids = torch.tensor([encode(bench.tokenizer, prompts[:1])[0] + bench.grid.prefix_ids], device=bench.device)
     p50, p95 = statistics.median(times), sorted(times)[min(len(times) - 1, int(.95*len(times)))]
-    bench.say(f'one query, p50, {name}', p50, 's', f'{len(times)} of about {ids.shape[1]} tokens in both orders, with embedding and search')
-    bench.say(f'one query, p95, {name}', p95, 's')
+    bench.record(f'one query, p50, {name}', p50, 's',
+              f'{len(times)} of about {ids.shape[1]} tokens in both orders, with embedding and search')
+    bench.record(f'one query, p95, {name}', p95, 's')
     seconds, length = [], dict(min_new_tokens=n['written'], max_new_tokens=n['written'])
     for _ in range(3):
         with torch.inference_mode(), bench.clock() as took:
@@ -391,7 +420,7 @@ def query_speed(bench: Bench, predictor, rows, k: int):
                                      pad_token_id=bench.tokenizer.pad_token_id)
         seconds.append(took[0])
     middle = statistics.median(seconds)
-    bench.say(f"writing {n['written']} tokens, {name}", middle, 's', f'{middle/p50:.1f} times a query')
+    bench.record(f"writing {n['written']} tokens, {name}", middle, 's', f'{middle/p50:.1f} times a query')
 
 
 # -- loading
@@ -411,7 +440,7 @@ def load_in(bench: Bench, what: str, quantize: bool):
     "Seconds to load one kind of weights"
     bench.reset_memory()
     with bench.clock() as took: bench.load(quantize)
-    bench.say(f'load {what}', took[0], 's', f'{bench.peak()}; the files may be in the memory of the system')
+    bench.record(f'load {what}', took[0], 's', f'{bench.peak()}; the files may be in the memory of the system')
 
 
 # -- against TRL
@@ -428,9 +457,9 @@ def sft_trainer(bench: Bench, ours, folder: str):
         answer = next(a for a, v in zip(grid.answer_ids, grid.values.tolist()) if abs(v - x['value']) < .0051)
         tail = answer + encode(tokenizer, [x['completion']], bos=False)[0] + [tokenizer.eos_token_id]
         return dict(input_ids=head + tail, labels=[-100]*len(head) + tail)
-    shared = ('num_train_epochs', 'per_device_train_batch_size', 'learning_rate', 'lr_scheduler_type', 'warmup_steps', 'optim', 'seed',
-              'max_grad_norm', 'save_strategy', 'logging_strategy', 'disable_tqdm', 'report_to', 'use_cpu', 'bf16', 'dataloader_pin_memory',
-              'gradient_checkpointing')
+    shared = ('num_train_epochs', 'per_device_train_batch_size', 'learning_rate', 'lr_scheduler_type', 'warmup_steps',
+              'optim', 'seed', 'max_grad_norm', 'save_strategy', 'logging_strategy', 'disable_tqdm', 'report_to',
+              'use_cpu', 'bf16', 'dataloader_pin_memory', 'gradient_checkpointing')
     data = datasets.Dataset.from_list([row(ours.train_dataset[key]) for key in ours._get_train_sampler()])
     sft = trl.SFTTrainer(model=add_lora(bench.random_model()), train_dataset=data, processing_class=tokenizer,
                          args=trl.SFTConfig(folder, max_length=None, **{k: getattr(ours.args, k) for k in shared}))
@@ -442,7 +471,8 @@ def against_trl(bench: Bench):
     for package in ('datasets', 'trl'): need(package)
     rows, near, _ = market_rows(4*(bench.n['steps'] + bench.n['warm']), bench.tokenizer, bench.n['tokens'])
     pad = bench.tokenizer.pad_token_id
-    def counted(batch): return (batch['attention_mask'] if 'attention_mask' in batch else batch['input_ids'] != pad).sum()
+    def counted(batch):
+        return (batch['attention_mask'] if 'attention_mask' in batch else batch['input_ids'] != pad).sum()
     speed = {'corrnb': [], 'TRL': []}
     with tempfile.TemporaryDirectory() as folder:
         ours = our_trainer(bench, bench.model, rows, near, 4, trainers()['hybrid'], folder)
@@ -450,8 +480,10 @@ def against_trl(bench: Bench):
         for _ in range(bench.n['rounds']):
             speed['corrnb'].append(timed_training(bench, ours, lambda b: b['n_tokens'].sum()))
             speed['TRL'].append(timed_training(bench, sft, counted))
-    for name, s in speed.items(): bench.say(f'{name} at 4 rows, bf16', statistics.median(s), 'tokens/s', f'median of {len(s)}')
-    bench.say('corrnb / TRL, tokens/s', statistics.median(a/b for a, b in zip(*speed.values())), '', f"trl {version('trl')}")
+    for name, s in speed.items():
+        bench.record(f'{name} at 4 rows, bf16', statistics.median(s), 'tokens/s', f'median of {len(s)}')
+    bench.record('corrnb / TRL, tokens/s', statistics.median(a/b for a, b in zip(*speed.values())), '',
+              f"trl {version('trl')}")
 
 
 # -- the parts
@@ -467,7 +499,8 @@ def machine() -> str:
         device = f'{torch.cuda.get_device_name()} ({torch.cuda.get_device_properties(0).total_memory/2**30:.0f} GiB)'
     else:
         info = Path('/proc/cpuinfo')
-        names = [l.split(': ')[1] for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
+        lines = info.read_text().splitlines() if info.exists() else []
+        names = [text.split(': ')[1] for text in lines if text.startswith('model name')]
         device = names[0].strip() if names else platform.processor()
     found = []
     for p in ('torch', 'transformers', 'peft', 'bitsandbytes', 'trl'):
@@ -479,7 +512,8 @@ def child(results: Path, models: Path, part: str, tiny: bool) -> int:
     "One part, in this process"
     from transformers.utils import logging as hf_logging
     warnings.filterwarnings('ignore')
-    hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     bench = Bench(results, models, part, tiny)
     for step in STEPS[part]: bench.step(*step)
     return 1 if bench.failed else 0
@@ -491,8 +525,10 @@ def run_part(a, part: str, seconds: float) -> str:
         for figure in known['figures']: print(line(figure, a.tiny), flush=True)
         return ''
     if seconds < 5: return 'no time is left; the same command goes on'
-    command = [sys.executable, __file__, a.results, part, '--child', '--models', a.models, *(['--tiny'] if a.tiny else [])]
-    env = dict(TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', CUDA_VISIBLE_DEVICES='0') | os.environ    # one GPU, and no network
+    command = [sys.executable, __file__, a.results, part, '--child', '--models', a.models,
+               *(['--tiny'] if a.tiny else [])]
+    env = dict(TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1',
+               CUDA_VISIBLE_DEVICES='0') | os.environ    # one GPU, and no network
     with open(a.results/f'{part}.log', 'w') as log:
         try: done = subprocess.run([str(c) for c in command], stderr=log, text=True, timeout=seconds, env=env)
         except subprocess.TimeoutExpired: return f'its {seconds:.0f} s are over; the same command goes on'
@@ -504,7 +540,8 @@ def main():
     parser.add_argument('parts', nargs='*', metavar='PART', help=f"which parts; default all: {', '.join(PARTS)}")
     parser.add_argument('--models', type=Path, help='folder for weights, 22 GB; default: models in RESULTS')
     parser.add_argument('--tiny', action='store_true', help='a tiny model, also on a CPU')
-    parser.add_argument('--minutes', type=float, default=10, help='for all parts; each has its share, and what earlier ones left over')
+    parser.add_argument('--minutes', type=float, default=10,
+                        help='for all parts; each has its share, and what earlier ones left over')
     parser.add_argument('--child', action='store_true', help=argparse.SUPPRESS)
     a = parser.parse_intermixed_args()
     if unknown := set(a.parts) - set(PARTS): parser.error(f"no part {unknown.pop()!r}: there are {', '.join(PARTS)}")
@@ -517,7 +554,8 @@ def main():
     if not a.tiny and not torch.cuda.is_available(): return 'No GPU: add --tiny to see on a CPU that everything works'
     start, share, failed = time.monotonic(), 60*a.minutes/sum(PARTS[p] for p in parts), []
     for folder in (a.results, a.models): folder.mkdir(parents=True, exist_ok=True)
-    print(machine(), line(dict(what='what', value=None, unit='unit', note='note')).replace('skipped', ' figure'), sep='\n', flush=True)
+    print(machine(), line(dict(what='what', value=None, unit='unit', note='note')).replace('skipped', ' figure'),
+          sep='\n', flush=True)
     for i, part in enumerate(parts):
         due = start + share*sum(PARTS[p] for p in parts[:i+1])
         if wrong := run_part(a, part, due - time.monotonic()):

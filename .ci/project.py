@@ -1,0 +1,90 @@
+"What checks of the project have in common: where things are, commands and their environment, what files and runs hold"
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import SkipTest
+
+import psutil
+
+root = Path(__file__).resolve().parents[1]
+bin = Path(sys.executable).parent
+one_thread = {f'{lib}_NUM_THREADS': '1' for lib in ('OMP', 'MKL', 'OPENBLAS')}
+env = os.environ | one_thread | {'TOKENIZERS_PARALLELISM': 'false', 'HF_HUB_OFFLINE': '1', 'CUDA_VISIBLE_DEVICES': '',
+                                 'PATH': f"{bin}{os.pathsep}{os.environ['PATH']}"}
+settings = 'DATABASE_URL PGHOST PGDATABASE MODEL_NAME USE_4BIT RAG_TOP_K MAX_NEW_TOKENS TEMPERATURE'
+for name in settings.split(): env.pop(name, None)
+
+
+def call(*args, cwd=root, env=env, more_env={}):
+    "Run a command; its output, which is the message of the AssertionError if it fails"
+    done = subprocess.run([str(a) for a in args], cwd=cwd, env=env | more_env,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert not done.returncode, f"`{' '.join(map(str, args))}` failed:\n{done.stdout}"
+    return done.stdout
+
+def start(*args, cwd=root, output=subprocess.DEVNULL):
+    "Start a command"
+    return psutil.Popen([str(a) for a in args], cwd=cwd, env=env, stdout=output, stderr=subprocess.STDOUT)
+
+def wait_for_checkpoint(run, process):
+    "Wait until a run that a process is training has a complete checkpoint"
+    while not list(run.glob('checkpoints/*/complete.json')):
+        assert process.poll() is None, 'the command ended without a checkpoint'
+        time.sleep(0.05)
+
+def execute(notebook, folder, **parameters):
+    "Run a page's cells from top to bottom as papermill does; SkipTest where it asks for what this machine lacks"
+    given = [x for name, value in parameters.items() for x in ('-p', name, value)]
+    options = ('--cwd', folder, '--kernel', 'python3', '--no-progress-bar', *given)
+    try: call(bin/'papermill', root/'nbs'/notebook, folder/'out.ipynb', *options)
+    except AssertionError as e:
+        if skipped := re.search(r'SkipTest: (.*)', str(e)): raise SkipTest(skipped[1])
+        raise
+
+def project_copy(folder):
+    "Copy what is made from notebooks and what it is made of, so that a check changes nothing here"
+    ignore = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', 'runs')
+    for name in ('nbs', 'corrnb'): shutil.copytree(root/name, folder/name, symlinks=True, ignore=ignore)
+    files = 'settings.ini', 'setup.py', 'MANIFEST.in', 'README.md', 'LICENSE', '_quarto.yml'
+    for name in files: shutil.copy(root/name, folder)
+    return folder
+
+def pages():
+    "All notebooks of the project"
+    return [p for p in sorted((root/'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
+
+def contents(folder, pattern):
+    "Content of the files below a folder, by name"
+    found = [p for p in sorted(folder.rglob(pattern)) if '.ipynb_checkpoints' not in p.parts]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
+
+def same(here, made, advice):
+    "Fail, naming the files, where two sets of files differ"
+    differ = sorted(n for n in here.keys() | made.keys() if here.get(n) != made.get(n))
+    assert not differ, f"{', '.join(differ)} out of date: {advice}"
+
+def everything(*folders):
+    "Content and time of the files below folders, but for locks and the record of the last command"
+    files = [p for f in folders for p in f.rglob('*') if p.is_file() and p.name not in ('.lock', 'params.json')]
+    return {p: (p.stat().st_mtime, p.read_bytes()) for p in files}
+
+def difference(a, b):
+    "Largest difference of the numbers in two JSON values, relative above 1; infinity where they differ otherwise"
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return max((difference(a[k], b[k]) for k in a), default=0)
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b): return max(map(difference, a, b), default=0)
+    number = (int, float)
+    if isinstance(a, number) and isinstance(b, number):
+        return abs(a - b)/max(1, abs(a), abs(b))  # limits of R2 on few rows are in the thousands
+    return 0 if a == b else float('inf')
+
+def read_metrics(run):
+    "Metrics of a run folder, without what it cost: no two runs take the same time"
+    metrics = json.loads((run/'metrics.json').read_text())
+    assert metrics.pop('cost')['seconds_per_query']['model'] > 0
+    return metrics

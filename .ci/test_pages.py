@@ -1,0 +1,96 @@
+"README, tutorials, benchmark and documentation site"
+import contextlib
+import io
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import nbformat
+import pytest
+import readme
+import typer
+from docs import link_problems
+from project import call, contents, execute, pages, root, same
+
+
+def test_readme_is_in_sync():
+    "README.md is what nbs/index.ipynb says"
+    text, pictures = readme.render()
+    file = root/'README.md'
+    here = {'README.md': file.read_bytes() if file.exists() else b''} | contents(root/readme.images, '*.png')
+    same(here, {'README.md': text.encode()} | pictures, 'run make readme')
+
+@pytest.mark.seconds(60)
+def test_site_is_whole(tmp_path):
+    "The documentation builds, with every page in its sidebar and no broken link"
+    print(call(sys.executable, '-W', 'ignore', '.ci/docs.py', tmp_path/'site').splitlines()[-1])
+
+repo = 'https://github.com/corrnb/corrnb'
+good = f'<h1 id="a">A</h1> <a href="#a">A</a> <a href="{repo}/blob/main/LICENSE">L</a>'
+bad = ['<a href="b.html">', '<a href="#b">', '<img src="https://example.org/a.png">',
+       f'<a href="{repo}/blob/main/corrnb/no.py#L3">', f'<a href="{repo}/blob/main/corrnb/config.py#L1">',
+       '/home/someone', '<pre class="cell-output-error">', 'predict:   0%|          | 0/5']
+
+@pytest.mark.parametrize('added', ['', *bad])
+def test_broken_links_are_found(tmp_path, added):
+    "The check of the site's links finds what is wrong on a bad page, and nothing else"
+    (tmp_path/'page.html').write_text(good + added)
+    found = list(link_problems(tmp_path, repo))
+    assert len(found) == bool(added), found
+
+def shell_lines(text):
+    "Commands in the sh blocks of a Markdown text, without comments"
+    for block in re.findall(r'```sh\n(.*?)```', text, re.S):
+        yield from (words for line in block.splitlines() if (words := shlex.split(line, comments=True)))
+
+def corrnb_refuses(words):
+    "What the command line has against a command, which is parsed and not run; None if nothing"
+    from corrnb import cli
+    assert any(isinstance(x, typer.Typer) for x in vars(cli).values()), 'the command would run: cli has no typer.Typer'
+    nothing = patch('typer.core.TyperCommand.invoke', lambda self, ctx: None)
+    with nothing, contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+        try: code = cli.main(words)
+        except SystemExit as e: code = e.code
+    return err.getvalue().strip() or f'exit code {code}' if code else None
+
+@pytest.mark.parametrize('command', ['run --profile tiny -p seed 1', 'sweep -p seed=1,2 --workers 2', 'predict A B'])
+def test_commands_are_taken(command): assert not corrnb_refuses(command.split())
+
+@pytest.mark.parametrize('command', ['predict A', 'run --profil tiny', 'sweep --workers two', 'walk'])
+def test_wrong_commands_are_found(command): assert corrnb_refuses(command.split())
+
+def test_commands_exist():
+    "Every corrnb and make command on a page is one"
+    targets, wrong = set(re.findall(r'(?m)^([a-z-]+):', (root/'Makefile').read_text())), []
+    for page in pages():
+        text = '\n'.join(c.source for c in nbformat.read(page, 4).cells if c.cell_type == 'markdown')
+        for words in shell_lines(text):
+            program, line = Path(words[0]).name, f"{page.name}: {' '.join(words)}"
+            if program == 'make' and not {w for w in words[1:] if '=' not in w} <= targets: wrong.append(line)
+            if program == 'corrnb' and (refused := corrnb_refuses(words[1:])): wrong.append(f'{line}: {refused}')
+    assert not wrong, '\n'.join(wrong)
+
+@pytest.mark.seconds(40)
+def test_tutorial_runs(tmp_path):
+    "The tutorial from an empty PostgreSQL database to a prediction runs"
+    execute('tutorials/own_table_own_prices.ipynb', tmp_path)
+
+@pytest.mark.seconds(80)
+def test_h100_benchmark_runs(tmp_path):
+    "The benchmark of the H100 with a tiny model on a CPU: each part leaves figures; typed again it measures nothing"
+    script = root/'nbs'/'benchmarks'/'h100.py'
+    command = (sys.executable, script, tmp_path, '--tiny', '--minutes', '60', 'nf4', 'merged', 'trl')
+    call(*command)
+    before = contents(tmp_path, '*.json')
+    call(*command)
+    same(before, contents(tmp_path, '*.json'), 'it measured again what it had')
+    found = {f['what']: f for text in before.values() for f in json.loads(text)['figures']}
+    wanted = ('hybrid training at 16 rows, nf4', 'rows evaluated, nf4', 'one query, p50, nf4', 'one query, p50, merged')
+    missing = [what for what in wanted if not found.get(what, {}).get('value')]
+    assert not missing, f"no figures: {', '.join(missing)}"
+    assert any(what.startswith('whole training') for what in found)
+    trl = found['corrnb / TRL, tokens/s']  # a figure, or the reason why there is none
+    assert trl['value'] or 'pip install trl' in trl['note'], trl

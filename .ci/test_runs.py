@@ -1,0 +1,98 @@
+"Whole runs with the tiny model: killed and continued, from PostgreSQL, in two processes, by the pages that show one"
+import contextlib
+import shutil
+import sys
+import time
+from types import SimpleNamespace
+from urllib.parse import quote
+
+import psutil
+import pytest
+from project import bin, call, difference, execute, read_metrics, start, wait_for_checkpoint
+
+pytestmark = pytest.mark.xdist_group('run')
+TINY = bin/'corrnb', 'run', '--profile', 'tiny'
+
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory):
+    "A run with the tiny model: folder of runs, run folder, seconds, metrics"
+    runs, begin = tmp_path_factory.mktemp('runs'), time.time()
+    call(*TINY, '--runs-dir', runs)
+    seconds, run = time.time() - begin, next(runs.iterdir())
+    return SimpleNamespace(runs=runs, run=run, seconds=seconds, metrics=read_metrics(run))
+
+@pytest.mark.seconds(60)
+def test_run_leaves_everything_and_is_not_repeated(tiny):
+    "A run has all its files and takes about a minute; typed again it has nothing to do"
+    begin = time.time()
+    call(sys.executable, '-c', 'import corrnb.inference')  # most of what three stages do: a yardstick for slow machines
+    limit = max(60, 12*(time.time() - begin))
+    wanted = ['params.json', 'metrics.json', 'predictions.parquet', 'report.html', 'training_cost.json',
+              *(f'{s}.ipynb' for s in ('prepare', 'index', 'train', 'evaluate')),
+              *(f'model/{f}' for f in ('adapter_config.json', 'adapter_model.safetensors', 'metrics.json'))]
+    missing = [name for name in wanted if not (tiny.run/name).exists()]
+    assert not missing, f"not in the run folder: {', '.join(missing)}"
+    assert tiny.seconds < limit, f'took {tiny.seconds:.0f} s, more than {limit:.0f} s'
+    assert call(*TINY, '--runs-dir', tiny.runs).count('unchanged, skipped') == 4, 'the second run did something'
+
+@pytest.mark.seconds(60)
+def test_killed_and_continued(tiny, tmp_path):
+    "Afresh, killed in its training and continued, a run gives the same metrics"
+    runs = shutil.copytree(tiny.runs, tmp_path/'runs')
+    run = runs/tiny.run.name
+    assert not list(run.glob('checkpoints/*/complete.json')), 'a finished run has kept its checkpoints'
+    process = start(*TINY, '--runs-dir', runs, '--fresh')
+    wait_for_checkpoint(run, process)
+    process.kill()
+    process.wait()
+    output = call(*TINY, '--runs-dir', runs)
+    assert output.count('unchanged, skipped') == 2, f'the killed run did not go on with its training:\n{output}'
+    gap = difference(tiny.metrics, read_metrics(run))
+    assert gap <= 1e-6, f'the same seed, killed and continued, gave other metrics, by {gap:.2g}'
+
+@pytest.mark.seconds(40)
+def test_from_postgres(tiny, tmp_path):
+    "The same run from a PostgreSQL table gives the same metrics and writes the password nowhere"
+    from corrnb import testing
+    from corrnb.demo import write_demo
+    from corrnb.schema import make_engine
+    with testing.test_server() as server:
+        url = server.new_database()
+        write_demo(make_engine(url))
+        call(*TINY, '-p', 'pairs', 'database', '--runs-dir', tmp_path, more_env={'DATABASE_URL': url})
+        password = make_engine(url).url.password
+    secrets = [s.encode() for s in (password, quote(password), url)]
+    leaks = [p.name for p in tmp_path.rglob('*') if p.is_file() and any(s in p.read_bytes() for s in secrets)]
+    assert not leaks, f"the password is in {', '.join(leaks)}"
+    only_demo = {'truth', 'truth_intervals', 'demo_version'}  # a table knows no true correlations
+    metrics = read_metrics(next(tmp_path.glob('*/metrics.json')).parent)
+    gap = difference(*({k: v for k, v in m.items() if k not in only_demo} for m in (tiny.metrics, metrics)))
+    assert gap <= 1e-6, f'the metrics differ from those of the demo, by {gap:.2g}'
+
+@pytest.mark.seconds(70)
+def test_two_processes(tiny, tmp_path):
+    "Training under `accelerate launch` with two processes (DDP), killed and continued, gives the losses of one process"
+    run = tmp_path/'two'
+    half = '-p', 'per_device_train_batch_size', '4'  # twice 4 rows are the profile's 8
+    same = ('--profile', 'tiny', *half, '--runs-dir', tmp_path, '--name', 'two')
+    launch = (bin/'accelerate', 'launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1',
+              '--mixed_precision', 'no', '--dynamo_backend', 'no', '-m', 'corrnb.launch', run)
+    call(bin/'corrnb', 'index', *same)
+    process = start(*launch)
+    wait_for_checkpoint(run, process)
+    family = [process, *process.children(recursive=True)]  # the trainings have sessions of their own
+    for p in family:
+        with contextlib.suppress(psutil.NoSuchProcess): p.kill()
+    psutil.wait_procs(family)
+    assert not (run/'stages'/'train.json').exists(), 'killed too late'
+    call(*launch)
+    assert call(bin/'corrnb', 'run', *same).count('unchanged, skipped') == 3, 'the launched training did not count'
+    gap = difference(tiny.metrics, read_metrics(run))
+    assert gap <= 1e-4, f'two processes gave other metrics, by {gap:.2g}'
+
+@pytest.mark.seconds(25)
+@pytest.mark.parametrize('page', ['index.ipynb', 'tutorials/getting_started.ipynb'])
+def test_page_runs(tiny, tmp_path, page):
+    "The cells of README and getting started run, with the tiny model"
+    execute(page, tmp_path, profile='tiny', runs_dir=tiny.runs)

@@ -1,0 +1,101 @@
+"Sweeps with the tiny model: killed and continued, moved, reported to trackers, side by side in Ray, a worker killed"
+import contextlib
+import time
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from project import bin, call, difference, everything, read_metrics, start, wait_for_checkpoint
+
+pytestmark = pytest.mark.xdist_group('sweep')
+FIRST, SECOND = 'regression_loss_weight=0', 'regression_loss_weight=10'  # the runs
+TRACKERS = 'tensorboard', 'mlflow'
+
+
+def sweep_command(folder, *options):
+    "`corrnb sweep` into a folder"
+    return (bin/'corrnb', 'sweep', '--profile', 'tiny', '--name', folder.name, '--runs-dir', folder.parent,
+            '-p', 'regression_loss_weight', '0,10', *options)
+
+def metrics_of(sweep):
+    "Metrics of the runs of a sweep"
+    return {p.name: read_metrics(p) for p in (sweep/'runs').iterdir()}
+
+@pytest.fixture(scope='session')
+def killed(tmp_path_factory):
+    "A sweep killed in its second run, typed again and moved: both folders, finished files before and after, output"
+    sweep = tmp_path_factory.mktemp('sweeps')/'sweep'
+    command = sweep_command(sweep, '-p', 'report_to', ','.join(TRACKERS))
+    process = start(*command)
+    wait_for_checkpoint(sweep/'runs'/SECOND, process)
+    process.kill()
+    process.wait()
+    finished = sweep/'base', sweep/'runs'/FIRST
+    before = everything(*finished)
+    assert finished[1]/'stages'/'evaluate.json' in before, 'killed too early'
+    output = call(*command)
+    after = everything(*finished)
+    folder = sweep.rename(sweep.with_name('moved'))
+    return SimpleNamespace(old=sweep, folder=folder, before=before, after=after, output=output)
+
+@pytest.mark.seconds(90)
+def test_finished_parts_are_not_repeated(killed):
+    "A sweep killed half-way and typed again repeats nothing that was done"
+    assert killed.before == killed.after, 'a finished part of the sweep was done again'
+    assert killed.output.count('unchanged, skipped') == 2 and '2/2' in killed.output, killed.output
+
+@pytest.mark.seconds(10)
+def test_sweep_can_be_moved(killed):
+    "A sweep can be compared again where it was moved, and what it holds does not know its old place"
+    (killed.folder/'compare.html').unlink()
+    call(bin/'corrnb', 'compare', killed.folder)
+    assert 'regression_loss_weight' in (killed.folder/'compare.html').read_text()
+    leaks = [p.name for p in killed.folder.glob('*.*') if str(killed.old).encode() in p.read_bytes()]
+    assert not leaks, f"the old place of the sweep is in {', '.join(leaks)}"
+
+@pytest.mark.parametrize('tracker', TRACKERS)
+def test_training_reports(killed, tracker):
+    "Training reports to TensorBoard and MLflow, into the run folder"
+    missing = [p.name for p in (killed.folder/'runs').iterdir() if not list(p.glob(f'{tracker}*'))]
+    assert not missing, f"no logs of {tracker} in {', '.join(missing)}"
+
+def ray_worker(run):
+    "The Ray worker that holds a run folder, and its kernel"
+    for p in psutil.process_iter(['cmdline']):
+        if not ' '.join(p.info['cmdline'] or ()).startswith('ray::'): continue
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if any(f.path == str(run/'.lock') for f in p.open_files()): return p, *p.children(recursive=True)
+    raise AssertionError(f'no Ray worker holds {run}')
+
+@pytest.mark.seconds(120)
+def test_worker_of_ray_is_killed(killed, tmp_path):
+    "One of two Ray workers is killed, the other goes on; typed again, the metrics are those of one after the other"
+    sweep, log = tmp_path/'ray', tmp_path/'log'
+    with log.open('w') as f: process = start(*sweep_command(sweep, '--workers', '2'), output=f)
+    wait_for_checkpoint(sweep/'runs'/SECOND, process)
+    for p in ray_worker(sweep/'runs'/SECOND): p.kill()
+    assert process.wait() == 1, f'it does not say that a run failed:\n{log.read_text()}'
+    said = log.read_text()
+    assert '1 of 2 runs failed' in said and f'{SECOND}: its Ray task died' in said, said
+    first = sweep/'runs'/FIRST
+    before = everything(first)
+    assert first/'stages'/'evaluate.json' in before, "the other worker's run has not ended"
+    output = call(*sweep_command(sweep, '--workers', '2'))
+    assert before == everything(first), 'the finished run was done again'
+    gap = difference(metrics_of(killed.folder), metrics_of(sweep))
+    assert gap <= 1e-6, f'the metrics differ, by {gap:.2g}:\n{output}'
+
+@pytest.mark.seconds(70)
+def test_side_by_side_in_ray(killed, tmp_path):
+    "Runs of a sweep side by side in Ray give the metrics of one after the other"
+    sweep, begin = tmp_path/'ray', time.time()
+    call(*sweep_command(sweep, '--workers', '2'))
+    gap = difference(metrics_of(killed.folder), metrics_of(sweep))
+    assert gap <= 1e-6, f'the metrics differ, by {gap:.2g}'
+    marks = [read_times(sweep/'runs'/name, begin) for name in (FIRST, SECOND)]
+    assert max(m[0] for m in marks) < min(m[1] for m in marks), f'one after the other: {marks}'
+
+def read_times(run, begin):
+    "When a run began and when it ended, in seconds"
+    files = [p.stat().st_mtime - begin for p in run.rglob('*') if p.is_file()]
+    return (run/'params.json').stat().st_mtime - begin, max(files)

@@ -1,0 +1,89 @@
+"The built wheel in an environment of its own, in an empty folder: everything works without a checkout"
+import json
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+from project import call, difference, env, project_copy, read_metrics
+
+pytestmark = pytest.mark.xdist_group('wheel')
+TITLES = 'Will the Fed cut rates in March?', 'Will inflation be below 3 % in March?'
+
+
+@pytest.fixture(scope='session')
+def installed(tmp_path_factory):
+    "`corrnb` installed from a wheel: the environment, an empty folder, and `corrnb` typed there"
+    tmp = tmp_path_factory.mktemp('wheel')
+    source, venv, folder = project_copy(tmp/'source'), tmp/'venv', tmp/'empty'
+    python, clean = venv/'bin'/'python', {k: v for k, v in env.items() if k not in ('PYTHONPATH', 'VIRTUAL_ENV')}
+    pip = sys.executable, '-m', 'pip', '--disable-pip-version-check', '--quiet'
+    call(*pip, 'wheel', '--no-deps', '--no-build-isolation', '--use-pep517', '--no-index', '-w', tmp, source, env=clean)
+    shutil.rmtree(source)
+    call(sys.executable, '-m', 'venv', '--without-pip', venv, env=clean)
+    call(*pip, '--python', python, 'install', '--no-deps', '--no-index', next(tmp.glob('corrnb-*.whl')), env=clean)
+    own = call(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))', env=clean).strip()
+    # makes the dependencies visible, but no editable corrnb: .pth files in the folder that is named are not read
+    Path(own, 'dependencies.pth').write_text(sysconfig.get_path('purelib') + '\n')
+    files = {p for p in Path(own, 'corrnb').rglob('*') if p.is_file()}
+    folder.mkdir()
+    clean['PATH'] = f"{venv/'bin'}{os.pathsep}{os.environ['PATH']}"
+    def corrnb(*args): return call(venv/'bin'/'corrnb', *args, cwd=folder, env=clean)
+    def run_python(code): return call(python, '-c', code, cwd=folder, env=clean)
+    return SimpleNamespace(venv=venv, files=files, folder=folder, corrnb=corrnb, python=run_python)
+
+@pytest.fixture(scope='session')
+def run(installed):
+    "A run with the tiny model"
+    installed.corrnb('run', '--profile', 'tiny', '--name', 'first')
+    return installed.folder/'runs'/'first'
+
+@pytest.mark.seconds(30)
+def test_no_checkout_in_sight(installed):
+    "What runs is the wheel's, and the help knows commands and parameters"
+    where = installed.python('import corrnb; print(corrnb.__file__)').strip()
+    assert where.startswith(str(installed.venv)), where
+    help = installed.corrnb('--help')
+    assert all(command in help for command in ('run', 'predict', 'sweep', 'compare', 'label', 'notebooks')), help
+    assert 'regression_loss_weight' in installed.corrnb('run', '--help')
+
+@pytest.mark.seconds(40)
+def test_run_and_predict(installed, run):
+    "A run with the tiny model, and a forecast from it"
+    assert (run/'report.html').exists() and read_metrics(run)
+    answer = json.loads(installed.corrnb('predict', *TITLES, '--json').splitlines()[-1])
+    assert any(isinstance(v, float) and -1 <= v <= 1 for v in answer.values()), answer
+
+@pytest.mark.seconds(60)
+def test_sweep(installed):
+    "A sweep over two values"
+    installed.corrnb('sweep', '--profile', 'tiny', '--name', 'sweep', '-p', 'regression_loss_weight', '0,10')
+    sweep = installed.folder/'runs'/'sweep'
+    assert (sweep/'compare.html').exists() and all(read_metrics(p) for p in (sweep/'runs').iterdir())
+
+@pytest.mark.seconds(40)
+def test_edited_notebooks(installed, run):
+    "`corrnb notebooks` copies the stage notebooks; a run takes the edited copies"
+    copies = installed.folder/'mine'
+    installed.corrnb('notebooks', 'mine')
+    stages = {p.stem for p in copies.glob('*.ipynb')}
+    assert stages >= {'prepare', 'index', 'train', 'evaluate', 'compare'}, stages
+    assert (copies/'profiles'/'tiny.yaml').exists()
+    nb = nbformat.read(copies/'prepare.ipynb', as_version=4)
+    edit = 'from pathlib import Path\nPath(run_dir, "edited.txt").write_text("by hand")'
+    nb.cells.append(nbformat.v4.new_code_cell(edit))
+    nbformat.write(nb, copies/'prepare.ipynb')
+    installed.corrnb('run', '--profile', 'tiny', '--notebooks', 'mine', '--name', 'edited')
+    edited = installed.folder/'runs'/'edited'
+    assert (edited/'edited.txt').read_text() == 'by hand' and not (run/'edited.txt').exists()
+    gap = difference(read_metrics(run), read_metrics(edited))
+    assert gap <= 1e-6, f'a cell that only writes a file changed the metrics, by {gap:.2g}'
+
+def test_installed_files_stay(installed):
+    "Runs write nothing where the wheel is installed"
+    files = {p for p in next(installed.venv.glob('lib/*/site-packages/corrnb')).rglob('*') if p.is_file()}
+    assert files - installed.files == {p for p in files if p.suffix == '.pyc'}
