@@ -29,6 +29,7 @@ def installed(tmp_path_factory):
     own = call(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))', env=clean).strip()
     # makes the dependencies visible, but no editable corrnb: .pth files in the folder that is named are not read
     Path(own, 'dependencies.pth').write_text(sysconfig.get_path('purelib') + '\n')
+    (venv/'share').symlink_to(Path(sys.prefix)/'share')  # where nbconvert has its templates
     files = {p for p in Path(own, 'corrnb').rglob('*') if p.is_file()}
     folder.mkdir()
     clean['PATH'] = f"{venv/'bin'}{os.pathsep}{os.environ['PATH']}"
@@ -86,4 +87,4 @@ def test_edited_notebooks(installed, run):
 def test_installed_files_stay(installed):
     "Runs write nothing where the wheel is installed"
     files = {p for p in next(installed.venv.glob('lib/*/site-packages/corrnb')).rglob('*') if p.is_file()}
-    assert files - installed.files == {p for p in files if p.suffix == '.pyc'}
+    assert {p.suffix for p in files - installed.files} <= {'.pyc'}

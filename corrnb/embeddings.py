@@ -6,10 +6,11 @@
 __all__ = ['hidden_states', 'decoder_of', 'embed_texts', 'normalize', 'pair_vectors']
 
 # %% ../nbs/10_embeddings.ipynb #7261ce05
-import io
+import sqlite3
 import warnings
-import zipfile
-from contextlib import nullcontext
+import zlib
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,33 +21,28 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .files import atomic_write, content_hash
+from .files import content_hash
 from .models import encode, model_fingerprint, token_batches
 
 # %% ../nbs/10_embeddings.ipynb #32f8a369
-def _tokens(
-    tokenizer, texts, longest: int  # most tokens that the model reads
-) -> list[tuple[int, ...]]:
-    "Token ids of each text; ValueError that names the text and the reason"
+def _tokens(tokenizer, texts, longest: int) -> list[tuple[int, ...]]:
+    "Token ids of each text; ValueError that names the text and the reason, such as more than `longest` tokens"
     if isinstance(texts, str): raise ValueError('expected a list of texts, got a single string')
     texts = list(texts)
     for i, t in enumerate(texts):
         if not isinstance(t, str) or not t.strip(): raise ValueError(f'text {i} is empty or no string: {t!r}')
     ids = [tuple(i) for i in encode(tokenizer, texts)]
     for i, t in enumerate(ids):
-        if len(t) > longest: raise ValueError(f'text {i} has {len(t)} tokens, the model reads {longest}: {texts[i][:60]!r}...')
+        if len(t) > longest:
+            raise ValueError(f'text {i} has {len(t)} tokens, the model reads {longest}: {texts[i][:60]!r}...')
     return ids
 
 # %% ../nbs/10_embeddings.ipynb #d22e6d5e
 class _Reached(Exception):
     "The wanted layer's input is there; the rest of the model need not run"
 
-def hidden_states(
-    decoder,     # a decoder of transformers with its blocks in `.layers`
-    layer: int,  # 0 ... number of blocks
-    **inputs     # of its forward: input_ids (n, t), attention_mask, position_ids
-) -> torch.Tensor: # (n, t, hidden)
-    "Hidden states after `layer` blocks, running no more of them than needed"
+def hidden_states(decoder, layer: int, **inputs) -> torch.Tensor:  # (n, t, hidden)
+    "Hidden states after `layer` blocks of a decoder of transformers on `inputs`, running no more of them than needed"
     if layer == len(decoder.layers): return decoder(**inputs, use_cache=False).last_hidden_state
     states = []
     def stop(block, args):
@@ -58,23 +54,19 @@ def hidden_states(
     finally: handle.remove()
     return states[0]
 
-# %% ../nbs/10_embeddings.ipynb #d447e9b3
 def decoder_of(model):   # a causal language model, with or without an adapter
     "The model's blocks without the output head"
     return (model.get_base_model() if isinstance(model, PeftModel) else model).get_decoder()
 
-def _decoder(
-    model,      # a causal language model, with or without an adapter
-    layer: int  # may be negative
-):  # its blocks without the output head, and the layer counted from 0
-    "The part of the model that is run; ValueError if it has no such layer"
+def _decoder(model, layer: int):
+    "The blocks without the output head, and the layer counted from 0; ValueError if there is no such layer"
     decoder = decoder_of(model)
     n = len(decoder.layers)
     if not -n - 1 <= layer <= n: raise ValueError(f'layer {layer}: this model has layers 0 to {n}, or -1 for the last')
     return decoder, layer % (n + 1)
 
-# %% ../nbs/10_embeddings.ipynb #a5c36d8e
-def _special_ids(tokenizer) -> list[int]: # ids that never stand for text; an unknown piece does
+# %% ../nbs/10_embeddings.ipynb #86032539
+def _special_ids(tokenizer) -> list[int]:  # ids that never stand for text; an unknown piece does
     return sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
 
 def _text_mask(input_ids, attention_mask, special):
@@ -82,13 +74,8 @@ def _text_mask(input_ids, attention_mask, special):
     return attention_mask.bool() & ~torch.isin(input_ids, torch.tensor(special, device=input_ids.device))
 
 @torch.no_grad()
-def _pooled(
-    decoder,
-    sequences: list[tuple[int, ...]],  # token ids of a batch of texts
-    layer: int,
-    special: list[int]                 # ids of the special tokens
-) -> np.ndarray:  # (n, hidden) float32
-    "Mean hidden state of each text of one batch"
+def _pooled(decoder, sequences, layer: int, special: list[int]) -> np.ndarray:  # (n, hidden) float32
+    "Mean hidden state over the tokens of each sequence of one batch that are not special"
     device = decoder.get_input_embeddings().weight.device
     lengths = torch.tensor([len(s) for s in sequences])
     ids = pad_sequence([torch.tensor(s) for s in sequences], batch_first=True).to(device)
@@ -97,16 +84,16 @@ def _pooled(
     mask = _text_mask(ids, attention, special)[..., None]
     return ((states * mask).sum(1) / mask.sum(1)).cpu().numpy()
 
-# %% ../nbs/10_embeddings.ipynb #86032539
-def _pooled_in_memory(decoder, sequences, layer, special) -> np.ndarray: # (n, hidden) float32
+def _pooled_in_memory(decoder, sequences, layer, special) -> np.ndarray:  # (n, hidden) float32
     "`_pooled`, in halves where a batch does not fit into memory; RuntimeError if not even one text does"
     try: return _pooled(decoder, sequences, layer, special)
     except torch.OutOfMemoryError:   # try again outside of this block, which holds on to the tensors of the failed pass
-        if len(sequences) == 1: raise RuntimeError(f'out of memory while embedding a single text of {len(sequences[0])} tokens') from None
+        if len(sequences) == 1:
+            raise RuntimeError(f'out of memory while embedding a single text of {len(sequences[0])} tokens') from None
     half = len(sequences)//2
     return np.concatenate([_pooled_in_memory(decoder, s, layer, special) for s in (sequences[:half], sequences[half:])])
 
-def _embed(model, sequences, layer, batch_tokens, special) -> np.ndarray: # (n, hidden) float32
+def _embed(model, sequences, layer, batch_tokens, special) -> np.ndarray:  # (n, hidden) float32
     "Vectors of token sequences, adapter off; shows a progress bar if it takes more than three seconds"
     decoder, layer = _decoder(model, layer)
     out = np.empty((len(sequences), decoder.config.hidden_size), dtype=np.float32)
@@ -121,28 +108,37 @@ def _embed(model, sequences, layer, batch_tokens, special) -> np.ndarray: # (n, 
     finally: model.train(was_training)
     return out
 
-# %% ../nbs/10_embeddings.ipynb #c4183c0a
-_READ = {}  # (file, its size, its time): its vectors
+# %% ../nbs/10_embeddings.ipynb #4f374495
+_NO_STORE = sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB  # other tables, damaged, no SQLite
 
-def _read_cache(folder: Path) -> dict[str, np.ndarray]: # key: vector (hidden,) float32
-    "All vectors of a cache folder; a damaged file is removed with a warning, its vectors are made again"
-    vectors = {}
-    for path in sorted(folder.glob('*.npz')):
-        try:
-            file = path, (s := path.stat()).st_size, s.st_mtime_ns
-            if file not in _READ:
-                with np.load(path, allow_pickle=False) as f: _READ[file] = dict(zip(f['keys'].tolist(), f['vectors'], strict=True))
-            vectors |= _READ[file]
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
-            warnings.warn(f'the cached vectors in {path.name} are damaged and are made again ({type(e).__name__}: {e})')
-            path.unlink(missing_ok=True)
-    return vectors
+def _with_store(path: Path, use: Callable):
+    "`use(connection)` in one transaction; None, with a warning, if the file is no store and is set aside"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with closing(sqlite3.connect(path, timeout=60)) as db, db:
+            db.execute('PRAGMA synchronous = OFF')  # a power cut may damage the file, a killed process cannot
+            db.execute('CREATE TABLE IF NOT EXISTS vectors (key TEXT PRIMARY KEY, vector BLOB, checksum INTEGER)')
+            return use(db)
+    except sqlite3.DatabaseError as e:
+        if e.sqlite_errorcode & 0xff not in _NO_STORE: raise
+        warnings.warn(f'the cached vectors in {path.name} are damaged and are made again ({e}); the file is set aside')
+        path.with_name(f'{path.name}-journal').unlink(missing_ok=True)
+        path.replace(path.with_suffix('.damaged'))
 
-def _write_cache(folder: Path, keys: list[str], vectors: np.ndarray):
-    "Add one file with these vectors, named by their keys"
-    buffer = io.BytesIO()
-    np.savez(buffer, keys=np.array(keys), vectors=vectors)
-    atomic_write(folder/f'{content_hash(sorted(keys))}.npz', buffer.getvalue())
+def _checksum(key: str, vector: bytes) -> int: return zlib.crc32(vector, zlib.crc32(key.encode()))
+
+def _read_cache(path: Path, keys: list[str]) -> dict[str, np.ndarray]:  # key: vector (hidden,) float32
+    "Those of the vectors that the store holds; a damaged one is left out, with a warning"
+    find = 'SELECT key, vector, checksum FROM vectors WHERE key = ?'
+    rows = _with_store(path, lambda db: [row for k in keys for row in db.execute(find, (k,))]) or []
+    known = {k: np.frombuffer(v, np.float32) for k, v, checksum in rows if checksum == _checksum(k, v)}
+    if n := len(rows) - len(known): warnings.warn(f'{n} cached vectors in {path.name} are damaged and are made again')
+    return known
+
+def _write_cache(path: Path, vectors: dict[str, np.ndarray]):
+    "Add vectors to the store"
+    rows = [(k, v.tobytes(), _checksum(k, v.tobytes())) for k, v in vectors.items()]
+    _with_store(path, lambda db: db.executemany('INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)', rows))
 
 # %% ../nbs/10_embeddings.ipynb #d052e54a
 def embed_texts(
@@ -151,7 +147,7 @@ def embed_texts(
     texts: list[str],              # n texts; equal ones are embedded once
     layer: int=-1,                 # 0: token embedding, i: output of block i, -1: the last, after the final norm
     batch_tokens: int=4096,        # most tokens in a forward pass
-    cache_dir: str|Path|None=None  # folder for vectors already made; None: no cache
+    cache_dir: str|Path|None=None  # folder for stores of vectors already made; None: no cache
 ) -> np.ndarray:  # (n, hidden) float32
     "Mean hidden state over each text's own tokens; ValueError names an empty or too long text"
     decoder, layer = _decoder(model, layer)
@@ -159,23 +155,20 @@ def embed_texts(
     if not sequences: return np.empty((0, decoder.config.hidden_size), dtype=np.float32)
     special = _special_ids(tokenizer)
     keys = {s: content_hash(s, n=32) for s in dict.fromkeys(sequences)}
-    folder, known = None, {}
+    store, known = None, {}
     if cache_dir is not None:
-        folder = Path(cache_dir)/content_hash('mean of text tokens', model_fingerprint(model), layer, special)
-        known = _read_cache(folder)
-    new = [s for s in keys if keys[s] not in known]
-    if new:
-        vectors = _embed(model, new, layer, batch_tokens, special)
-        if folder: _write_cache(folder, [keys[s] for s in new], vectors)
-        known.update(zip([keys[s] for s in new], vectors))
+        made_from = content_hash('mean of text tokens', model_fingerprint(model), layer, special)
+        store = Path(cache_dir)/f'{made_from}.sqlite'
+        known = _read_cache(store, list(keys.values()))
+    if new := [s for s in keys if keys[s] not in known]:
+        vectors = dict(zip([keys[s] for s in new], _embed(model, new, layer, batch_tokens, special)))
+        if store: _write_cache(store, vectors)
+        known |= vectors
     return np.stack([known[keys[s]] for s in sequences])
 
 # %% ../nbs/10_embeddings.ipynb #3c633d32
-def normalize(
-    vectors,     # (n, h)
-    center=None  # (h,) to subtract, such as the mean of the training contracts' vectors; None: nothing
-) -> np.ndarray: # (n, h) float32
-    "Centred vectors of unit length; ValueError if a length is zero or the shapes differ"
+def normalize(vectors, center=None) -> np.ndarray:  # (n, h) float32
+    "Vectors (n, h) minus `center` (h,), brought to unit length; ValueError if a length is zero or the shapes differ"
     v = np.asarray(vectors, dtype=np.float32)
     if v.ndim != 2: raise ValueError(f'expected vectors (n, h), got shape {v.shape}')
     if center is not None:
@@ -186,14 +179,11 @@ def normalize(
         raise ValueError(f'vector {np.flatnonzero(~(length > 0))[0]} has length zero or NaN and no direction')
     return v / length
 
-# %% ../nbs/10_embeddings.ipynb #bf2d97d5
-def pair_vectors(
-    pairs: pd.DataFrame,  # n pairs
-    vectors: dict         # title: its vector (h,)
-) -> np.ndarray:  # (n, 2h) float32: [vector of contract a | vector of contract b]
-    "Both contracts' vectors side by side; ValueError names a title that has none"
+def pair_vectors(pairs: pd.DataFrame, vectors: dict) -> np.ndarray:  # (n, 2h) float32: [contract a | contract b]
+    "The vectors (h,) of both titles of each pair side by side; ValueError names a title that has none in `vectors`"
     columns = ('contract_a_title', 'contract_b_title')
     missing = [(row, t) for c in columns for row, t in pairs[c].items() if t not in vectors]
     if missing: raise ValueError(f'row {missing[0][0]}: no vector for {missing[0][1]!r} ({len(missing)} such texts)')
     h = len(next(iter(vectors.values()), ()))
-    return np.hstack([np.array([vectors[t] for t in pairs[c]], dtype=np.float32).reshape(len(pairs), h) for c in columns])
+    sides = [np.array([vectors[t] for t in pairs[c]], dtype=np.float32).reshape(len(pairs), h) for c in columns]
+    return np.hstack(sides)

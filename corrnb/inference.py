@@ -59,78 +59,70 @@ class Prediction:
         number = f'{format_correlation(self.correlation)} ({self.correlation_type})'
         lines = [f'{self.contract_a_title} | {self.contract_b_title}',
                  f'correlation {number}, 90 % in [{lo:.2f}, {hi:.2f}], confidence {self.confidence:.2f}',
-                 *(['similar pairs, nearest first:'] if self.neighbours else ['no similar pairs were used'])]
-        lines += [f'  {format_correlation(n["value"]):>5}  {n["contract_a_title"]} | {n["contract_b_title"]}' for n in self.neighbours]
-        return '\n'.join(lines + ([f'reasoning: {self.reasoning}'] if self.reasoning else []))
+                 'similar pairs, nearest first:' if self.neighbours else 'no similar pairs were used']
+        for n in self.neighbours:
+            lines.append(f'  {format_correlation(n["value"]):>5}  {n["contract_a_title"]} | {n["contract_b_title"]}')
+        if self.reasoning: lines.append(f'reasoning: {self.reasoning}')
+        return '\n'.join(lines)
 
-# %% ../nbs/18_inference.ipynb #54de7355
-def _picture(prediction: Prediction) -> str:
-    "The distribution as an HTML image"
-    fig = Figure(figsize=(6, 2.2))
-    ax = fig.subplots()
-    prediction.distribution.plot(ax=ax)
-    for n in prediction.neighbours: ax.axvline(n['value'], ymax=0.08, color='black')
-    ax.set_title('Predictive distribution' + (' (ticks: similar pairs)' if prediction.neighbours else ''), fontsize=10)
-    ax.set_xlabel('correlation')
-    return f'<img alt="predictive distribution" src="data:image/png;base64,{b64encode(figure_png(fig)).decode()}">'
-
-def _repr_html_(self: Prediction) -> str:
-    "What JupyterLab shows: sentence, picture, similar pairs"
-    lo, hi = self.interval()
-    rows = ''.join(f'<tr><td style="text-align:right">{format_correlation(n["value"])}</td>'
-                   f'<td style="text-align:left">{html.escape(n["contract_a_title"])}</td>'
-                   f'<td style="text-align:left">{html.escape(n["contract_b_title"])}</td></tr>' for n in self.neighbours)
-    table = f'<table><tr><th>known correlation</th><th colspan=2 style="text-align:left">similar pairs, nearest first</th></tr>{rows}</table>' if rows else ''
-    return (f'<p>{html.escape(self.contract_a_title)}<br>{html.escape(self.contract_b_title)}</p><p><b>{format_correlation(self.correlation)}</b> '
-            f'({self.correlation_type}), 90 % in [{lo:.2f}, {hi:.2f}], confidence {self.confidence:.2f}</p>{_picture(self)}{table}'
-            + (f'<p>{html.escape(self.reasoning)}</p>' if self.reasoning else ''))
-Prediction._repr_html_ = _repr_html_
+    def _repr_html_(self):
+        "What JupyterLab shows: the text, and a picture of the distribution"
+        fig = Figure(figsize=(6, 2.2))
+        ax = self.distribution.plot(ax=fig.subplots())
+        for n in self.neighbours: ax.axvline(n['value'], ymax=0.08, color='black')
+        ax.set_title('Predictive distribution' + (' (ticks: similar pairs)' if self.neighbours else ''), fontsize=10)
+        ax.set_xlabel('correlation')
+        picture = f'data:image/png;base64,{b64encode(figure_png(fig)).decode()}'
+        return f'<pre>{html.escape(str(self))}</pre><img alt="predictive distribution" src="{picture}">'
 
 # %% ../nbs/18_inference.ipynb #9ba0ce4b
 MIXTURE_NEIGHBOURS = 200  # enough for equal weights to mean "what is usual"
 
 @dataclass(frozen=True)
 class Mixture:
-    "Mixes a model's distributions with those of the neighbours"
+    "Mixes a model's distributions with the kNN forecasts"
     model_weight: float  # lambda, in [0, 1]
     bandwidth: float     # of the kernels, in correlation
     temperature: float   # of the neighbours' weights, in squared distance
 
     def __call__(
-        self, dist: AnswerDistribution,  # of the model, (rows, n_values)
-        values, distances                # (rows, k) of the neighbours, as from `rag.neighbour_arrays`
+        self,
+        dist: AnswerDistribution,  # of the model, (rows, n_values)
+        values, distances          # (rows, k) of the neighbours, as from `rag.neighbour_arrays`
     ) -> AnswerDistribution:  # with the model's on-grid mass
         "The mixed distributions"
-        near = neighbour_distribution(values, distances, dist.values.numpy(), self.bandwidth, self.temperature)
-        p = self.model_weight*dist.probs.double() + (1 - self.model_weight)*torch.from_numpy(near)
+        knn = neighbour_distribution(values, distances, dist.values.numpy(), self.bandwidth, self.temperature)
+        p = self.model_weight*dist.probs.double() + (1 - self.model_weight)*torch.from_numpy(knn)
         return AnswerDistribution(dist.values, (p.log() + dist.log_mass[..., None]).float())
 
 # %% ../nbs/18_inference.ipynb #5dc56578
 def fit_neighbours(
-    rows: list[tuple],  # sets of rows, each (values, distances, y): (n, k), (n, k) of the neighbours, and (n,) the true values
+    rows: list[tuple],  # sets of rows: values and distances of their neighbours, (n, k) each, and true values (n,)
     grid_values         # (g,) possible answers
-) -> tuple[float, float]: # bandwidth and temperature
-    "The settings of `neighbour_distribution` with the lowest mean CRPS over all rows, from a grid; rows without any neighbour are left out"
-    def crps(values, distances, y, *settings):
-        p = neighbour_distribution(values, distances, grid_values, *settings)
-        return AnswerDistribution(torch.as_tensor(grid_values), torch.from_numpy(p).log()).crps(torch.as_tensor(y)).sum().item()
-    some = [np.isfinite(d).any(-1) for _, d, _ in rows]
-    rows = [(v[i], d[i], np.asarray(y)[i]) for i, (v, d, y) in zip(some, rows) if i.any()]
-    settings = product((0.05, 0.1, 0.2, 0.4), (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 1e6))
-    return min(settings, key=lambda s: sum(crps(*r, *s) for r in rows))
+) -> tuple[float, float]:  # bandwidth and temperature
+    "Settings of `neighbour_distribution` with the lowest mean CRPS over all rows that have neighbours, from a grid"
+    def crps(setting):
+        total = 0
+        for values, distances, y in rows:
+            p = neighbour_distribution(values, distances, grid_values, *setting)
+            dist = AnswerDistribution(torch.as_tensor(grid_values), torch.from_numpy(p).log())
+            total += dist.crps(torch.as_tensor(y)).sum().item()
+        return total
+    some = [np.isfinite(distances).any(-1) for _, distances, _ in rows]
+    rows = [tuple(np.asarray(x)[i] for x in row) for row, i in zip(rows, some) if i.any()]
+    return min(product((0.05, 0.1, 0.2, 0.4), (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 1e6)), key=crps)
 
-# %% ../nbs/18_inference.ipynb #abbe6ddc
 def fit_mixture(
     dist: AnswerDistribution,  # of the model on validation rows, (rows, n_values)
-    values, distances,         # (rows, k) of their neighbours
-    y,                         # (rows,) their true values
-    training: tuple=()  # (values, distances, y) of training rows whose neighbours were searched as for held-out rows
+    values, distances, y,      # (rows, k) of their neighbours, and (rows,) their true values
+    training: tuple=()         # the same of training rows whose neighbours were searched as for held-out rows
 ) -> Mixture:
-    "The neighbours' settings that do best alone on all rows, and the model's weight that does best on the validation rows, by CRPS"
+    "Bandwidth and temperature as of `fit_neighbours`, and the model's weight with the lowest CRPS on validation rows"
     settings = fit_neighbours([(values, distances, y), *([training] if training else [])], dist.values.numpy())
-    lambdas, near = torch.arange(11)/10, torch.from_numpy(neighbour_distribution(values, distances, dist.values.numpy(), *settings))
-    p = lambdas[:, None, None]*dist.probs + (1 - lambdas[:, None, None])*near.float()
-    scores = AnswerDistribution(dist.values, p.log()).crps(torch.as_tensor(y, dtype=torch.float32)).mean(-1)
+    knn = torch.from_numpy(neighbour_distribution(values, distances, dist.values.numpy(), *settings)).float()
+    weights = torch.arange(11)[:, None, None]/10
+    mixed = AnswerDistribution(dist.values, (weights*dist.probs + (1 - weights)*knn).log())
+    scores = mixed.crps(torch.as_tensor(y, dtype=torch.float32)).mean(-1)
     return Mixture(scores.argmin().item()/10, *settings)
 
 # %% ../nbs/18_inference.ipynb #55190956
@@ -143,18 +135,18 @@ class CorrelationPredictor:
         retriever: PairRetriever|None=None,  # None: no similar pairs
         k: int=5,                            # similar pairs in the prompt
         nearest_last: bool=True,             # their order there
-        mixture: Mixture|None=None,  # of the model's forecast and the similar pairs' own; None: the model's alone
+        mixture: Mixture|None=None,          # with the kNN forecast; None: the model's alone
         batch_tokens: int=4096,              # most tokens of a forward pass
-        both_orders: bool=True  # average (A, B) and (B, A); False: ask once, in alphabetical order, in half the time
+        both_orders: bool=True               # average (A, B) and (B, A); False: only in alphabetical order, faster
     ):
-        self.model, self.grid, self.retriever, self.k, self.nearest_last = model.eval(), grid, retriever, k, nearest_last
-        self.mixture, self.batch_tokens, self.both_orders = mixture, batch_tokens, both_orders
+        self.model, self.grid, self.retriever, self.mixture = model.eval(), grid, retriever, mixture
+        self.k, self.nearest_last, self.batch_tokens, self.both_orders = k, nearest_last, batch_tokens, both_orders
 
 # %% ../nbs/18_inference.ipynb #1173c8d4
 @patch
-def neighbours(self: CorrelationPredictor, rows: pd.DataFrame, k: int) -> tuple[list[list[dict]], list]: # nearest first, and squared distances
-    "At most `k` similar pairs of each row; none without a retriever"
-    if self.retriever is None or not k or not len(rows): return [[] for _ in range(len(rows))], [[] for _ in range(len(rows))]
+def neighbours(self: CorrelationPredictor, rows: pd.DataFrame, k: int) -> tuple[list[list[dict]], list]:
+    "At most `k` similar pairs of each row, nearest first, and their squared distances; none without a retriever"
+    if self.retriever is None or not k or not len(rows): return [[]]*len(rows), [[]]*len(rows)
     return self.retriever.neighbours(rows, min(k, len(self.retriever.rag)))
 
 @patch
@@ -172,22 +164,19 @@ def model_distribution(
     rows: pd.DataFrame,      # with contract_a_title and contract_b_title; nothing else of them is looked at
     near: list[list[dict]],  # similar pairs of each row; the first `k` are shown
     progress: bool=False     # show a bar
-) -> AnswerDistribution: # (rows, n_values)
-    "What the language model alone says"
+) -> AnswerDistribution:  # (rows, n_values)
+    "The language model's own forecast"
     titles = list(zip(rows.contract_a_title, rows.contract_b_title))
     prompts = self._prompts(titles, [ns[:self.k] for ns in near])
     dist = self.grid.distribution(self.model, prompts, batch_tokens=self.batch_tokens, progress=progress)
     if not self.both_orders or not titles: return dist
-    return AnswerDistribution(self.grid.values, torch.stack(dist.log_probs.split(len(titles))).logsumexp(0) - math.log(2))
+    log_probs = torch.stack(dist.log_probs.split(len(titles))).logsumexp(0) - math.log(2)
+    return AnswerDistribution(self.grid.values, log_probs)
 
 # %% ../nbs/18_inference.ipynb #b0584934
 @patch
-def predict_many(
-    self: CorrelationPredictor,
-    pairs,                # (title, title) of each pair, or a frame with contract_a_title and contract_b_title
-    progress: bool=False  # show a bar
-) -> list[Prediction]:  # of each pair, in their order
-    "Predict many pairs at once; `PairError` that names each pair with an empty title or two identical ones"
+def predict_many(self: CorrelationPredictor, pairs, progress: bool=False) -> list[Prediction]:
+    "Predict each (title, title), or each row of a frame with both; `PairError` names pairs with unusable titles"
     rows = pairs if isinstance(pairs, pd.DataFrame) else pd.DataFrame([*pairs], columns=TITLES, dtype=object)
     if len(rows): rows = check_pairs(rows[[c for c in TITLES if c in rows]], None)
     mix = self.mixture if self.retriever is not None and len(rows) else None
@@ -197,42 +186,32 @@ def predict_many(
     return [Prediction(a, b, dist[i], near[i][:self.k]) for i, (a, b) in enumerate(zip(*(rows[c] for c in TITLES)))]
 
 @patch
-def predict(
-    self: CorrelationPredictor,
-    title_a: str,
-    title_b: str,
-    explain: bool=False  # let the model write its reasons; the number stays
-) -> Prediction:
-    "Predict one pair; `PairError` for empty or identical titles"
+def predict(self: CorrelationPredictor, title_a: str, title_b: str, explain: bool=False) -> Prediction:
+    "Predict one pair, and with `explain` let the model write its reasons; `PairError` for empty or identical titles"
     p = self.predict_many([(title_a, title_b)])[0]
     return replace(p, reasoning=self._reasoning(p)) if explain else p
 
-# %% ../nbs/18_inference.ipynb #ab4ed3a8
 @patch
 @torch.inference_mode()
 def _reasoning(self: CorrelationPredictor, p: Prediction) -> str:
     "Sample the reasoning field of the JSON answer behind the already fixed number, type and confidence"
-    s, tok = Settings(), self.grid.tokenizer
-    head = p.answer.to_json()[:-1] + ', "reasoning": "'
-    ids = encode(tok, [make_prompt(p.contract_a_title, p.contract_b_title, p.neighbours, self.nearest_last)])[0] + encode(tok, [head], bos=False)[0]
-    ids = torch.tensor([ids], device=next(self.model.parameters()).device)
-    sampling = dict(do_sample=True, temperature=s.TEMPERATURE) if s.TEMPERATURE > 0 else dict(do_sample=False)
-    out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=s.MAX_NEW_TOKENS, **sampling,
-                              stop_strings=['"'], tokenizer=tok, pad_token_id=tok.pad_token_id)
+    settings, tok = Settings(), self.grid.tokenizer
+    prompt = make_prompt(p.contract_a_title, p.contract_b_title, p.neighbours, self.nearest_last)
+    begun = p.answer.to_json()[:-1] + ', "reasoning": "'
+    ids = torch.tensor([encode(tok, [prompt])[0] + encode(tok, [begun], bos=False)[0]])
+    ids = ids.to(next(self.model.parameters()).device)
+    sampling = dict(temperature=settings.TEMPERATURE) if settings.TEMPERATURE > 0 else {}
+    out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=bool(sampling), **sampling,
+                              max_new_tokens=settings.MAX_NEW_TOKENS, stop_strings=['"'], tokenizer=tok,
+                              pad_token_id=tok.pad_token_id)
     return tok.decode(out[0, ids.shape[1]:], skip_special_tokens=True).split('"')[0].strip()
 
-# %% ../nbs/18_inference.ipynb #cf602b3a
-def _base(facts: dict, device: str|None):
-    "The model that an adapter was trained on"
-    return load_model(facts['base_model'], quantize=facts.get('use_4bit', False), device=device)
-
-def _merged(model_dir, facts: dict, device: str|None):
-    "A copy of the base model with the adapter added to its weights, which are dequantized first: rounding them to NF4 again would change the forecasts"
-    base = _base(facts, device)
+# %% ../nbs/18_inference.ipynb #7de0c169
+def _merged(base, model_dir):
+    "The model with the adapter added to its weights; those in NF4 are dequantized, as rounding again would change them"
     if getattr(base, 'is_quantized', False): base = base.dequantize()
     return PeftModel.from_pretrained(base, model_dir).merge_and_unload()
 
-# %% ../nbs/18_inference.ipynb #7de0c169
 @patch(cls_method=True)
 def from_folder(
     cls: CorrelationPredictor,
@@ -247,21 +226,20 @@ def from_folder(
     path = Path(model_dir)/'corrnb.json'
     if not path.exists(): raise FileNotFoundError(f'{model_dir} is no trained folder: it has no corrnb.json')
     facts = json.loads(path.read_text())
-    if target not in (None, facts['target']): raise ValueError(f"{model_dir} was trained for the target {facts['target']}, not {target}")
-    base, grid = _base(facts, device), AnswerGrid(load_tokenizer(str(model_dir)), prefix=ANSWER_PREFIX)
+    if target not in (None, facts['target']):
+        raise ValueError(f"{model_dir} was trained for the target {facts['target']}, not {target}")
+    def load_base(): return load_model(facts['base_model'], quantize=facts.get('use_4bit', False), device=device)
+    base, grid = load_base(), AnswerGrid(load_tokenizer(str(model_dir)), prefix=ANSWER_PREFIX)
     check_manifest(model_dir, base, grid)
-    if merge: embedder, model = base, _merged(model_dir, facts, device)
-    else: embedder = model = PeftModel.from_pretrained(base, model_dir)  # changes `base` itself: whoever embeds must know of the adapter to switch it off
-    retriever = PairRetriever.load(index_dir, embedder, grid.tokenizer, Settings().MODEL_CACHE_DIR/'embeddings') if index_dir else None
+    model = _merged(load_base(), model_dir) if merge else PeftModel.from_pretrained(base, model_dir)
+    embedder = base if merge else model  # not merged, the adapter is in `base`: only `model` can switch it off
+    cache, retriever = Settings().MODEL_CACHE_DIR/'embeddings', None
+    if index_dir: retriever = PairRetriever.load(index_dir, embedder, grid.tokenizer, cache)
     mixture = Mixture(**facts['mixture']) if facts.get('mixture') else None
-    return cls(model, grid, retriever, facts.get('rag_top_k', Settings().RAG_TOP_K), facts.get('nearest_last', True), mixture, **options)
+    k = facts.get('rag_top_k', Settings().RAG_TOP_K)
+    return cls(model, grid, retriever, k, facts.get('nearest_last', True), mixture, **options)
 
 @patch(cls_method=True)
-def from_run(
-    cls: CorrelationPredictor,
-    run_dir: str|Path,      # a run's folder
-    device: str|None=None,  # default: 'cuda' where there is one
-    **options               # target and merge of `from_folder`; batch_tokens and both_orders of the predictor
-):
-    "Load the model and the index of a finished run"
+def from_run(cls: CorrelationPredictor, run_dir: str|Path, device: str|None=None, **options):
+    "Load the model and the index of a finished run; with the options of `from_folder`"
     return cls.from_folder(Path(run_dir)/'model', Path(run_dir)/'index', device, **options)

@@ -36,7 +36,7 @@ def node_weights(
         yield weights[weights.sum(1) > 0]
 
 # %% ../nbs/21_intervals.ipynb #f3da2875
-MIN_CONTRACTS = 10 # groups of contracts that an interval needs at least
+MIN_CONTRACTS = 10  # groups of contracts that an interval needs at least
 
 def _limits(replicates, groups, level=0.95):
     "Limits of the columns of replicates; NaN with too few groups, or where most replicates are not defined"
@@ -46,7 +46,6 @@ def _limits(replicates, groups, level=0.95):
         warnings.simplefilter('ignore', RuntimeWarning)   # columns without any number
         return np.nanquantile(replicates, [(1 - level) / 2, (1 + level) / 2], axis=0)
 
-# %% ../nbs/21_intervals.ipynb #de0144c5
 def _measure(y, predictions, scores, weights) -> pd.DataFrame:
     "All metrics of all methods: a line per replicate, columns (method, metric)"
     found = {}
@@ -73,14 +72,15 @@ def bootstrap_intervals(
     y, groups = rows[target].to_numpy(float), contract_groups(rows)
     n_groups = len(np.unique(groups.astype(str)))
     value = _measure(y, predictions, scores, np.ones((1, len(y)))).iloc[0]
-    replicates = pd.concat([_measure(y, predictions, scores, w) for w in node_weights(*groups.T, n_boot, seed)])
+    blocks = node_weights(groups[:, 0], groups[:, 1], n_boot, seed)
+    replicates = pd.concat([_measure(y, predictions, scores, weights) for weights in blocks])
     result = pd.DataFrame({'value': value})
-    result['lower'], result['upper'] = _limits(replicates, n_groups)
+    result['lower'], result['upper'] = _limits(replicates.to_numpy(), n_groups)
     if baseline is not None:
         same_metric = pd.MultiIndex.from_tuples([(baseline, metric) for _, metric in value.index])
         result['difference'] = value - value.reindex(same_metric).to_numpy()
         differences = replicates - replicates.reindex(columns=same_metric).to_numpy()
-        result['difference_lower'], result['difference_upper'] = _limits(differences, n_groups)
+        result['difference_lower'], result['difference_upper'] = _limits(differences.to_numpy(), n_groups)
     few = len(rows) < MIN_ROWS or n_groups < MIN_CONTRACTS
     return result.rename_axis(['method', 'metric']).assign(note=TOO_FEW if few else '')
 
@@ -107,12 +107,8 @@ def paired_difference(
             'note': TOO_FEW if len(y) < MIN_ROWS or size < MIN_CONTRACTS else ''}
 
 # %% ../nbs/21_intervals.ipynb #59959ed7
-def verdict(
-    intervals: pd.DataFrame,  # as from `bootstrap_intervals`, with `model` as the baseline
-    best,                     # the method that matters most, such as the best baseline on validation rows
-    model='model',            # the method that is judged
-) -> str:  # a few lines; without differences where there are too few rows or contracts to judge
-    "In words: does a method have a smaller mean absolute error than the others, by how much, and how sure is that."
+def verdict(intervals: pd.DataFrame, best, model='model') -> str:  # `bootstrap_intervals` with the model as baseline
+    "In words: is its mean absolute error smaller than that of `best` and of the others, by how much, and how sure?"
     mae = intervals.xs('mae', level='metric')
     rival, others = mae.loc[best], mae.drop(model)
     word = 'better' if rival.difference > 0 else 'worse'
@@ -127,21 +123,15 @@ def verdict(
         if which.any(): lines.append(f"{model} {words} {', '.join(others.index[which])}")
     return '\n'.join(lines)
 
-# %% ../nbs/21_intervals.ipynb #ca626285
-def split_intervals(
-    evaluation: Evaluation,  # forecasts of held-out rows
-    n_boot=1000,             # bootstrap replicates
-) -> dict[str, pd.DataFrame]:  # of each split, as from `bootstrap_intervals`, with `model` as the baseline
-    "Intervals of the forecasts in each split."
-    e, scores = evaluation, evaluation.scores[evaluation.target]
-    return {split: bootstrap_intervals(e.rows[i], e.predictions[i], e.target, {m: s[i] for m, s in scores.items()},
-                                       'model', n_boot) for split, i in e.splits.items()}
+# %% ../nbs/21_intervals.ipynb #a474057c
+def split_intervals(e: Evaluation) -> dict[str, pd.DataFrame]:
+    "`bootstrap_intervals` of the held-out forecasts in each split, with `model` as the baseline."
+    scores = {split: {m: s[i] for m, s in e.scores[e.target].items()} for split, i in e.splits.items()}
+    return {split: bootstrap_intervals(e.rows[i], e.predictions[i], e.target, scores[split], 'model')
+            for split, i in e.splits.items()}
 
-def intervals_record(
-    intervals: dict,  # as from `split_intervals`
-    best,             # the best baseline on validation rows
-) -> dict:  # keys: best_baseline, confidence, difference_to_baselines, verdict
-    "The part of `metrics.json` that follows from the intervals."
+def intervals_record(intervals: dict, best) -> dict:  # best_baseline, confidence, difference_to_baselines, verdict
+    "The part of `metrics.json` that follows from `split_intervals` and the best baseline on validation rows."
     nested = {split: {m: part.droplevel('method').to_dict('index') for m, part in frame.groupby('method', sort=False)}
               for split, frame in intervals.items()}
     others = intervals['test'].xs('mae', level='metric').drop('model')
@@ -150,13 +140,8 @@ def intervals_record(
     return dict(best_baseline=best, confidence=nested, difference_to_baselines=turned.to_dict('index'),
                 verdict=verdict(intervals['test'], best))
 
-def method_differences(
-    evaluation: Evaluation,  # forecasts of held-out rows
-    method,                  # method A
-    others,                  # methods B; those without predictions are left out
-) -> dict[str, dict]:  # of each B, as from `paired_difference`
-    "Differences of the mean absolute error on test rows between a method and others."
-    i = evaluation.splits['test']
-    rows, points = evaluation.rows[i], evaluation.predictions[i]
-    y, groups = rows[evaluation.target], contract_groups(rows).T
+def method_differences(e: Evaluation, method, others) -> dict[str, dict]:  # of each other that has predictions
+    "`paired_difference` on test rows between a method and each of the others."
+    rows, points = e.rows[e.splits['test']], e.predictions[e.splits['test']]
+    y, groups = rows[e.target], contract_groups(rows).T
     return {m: paired_difference(y, points[method], points[m], *groups) for m in others if m in points}

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'LINES', 'PARTS', 'SHOWN', 'plot_predictions', 'plot_intervals', 'plot_distance', 'plot_losses',
-           'plot_calibration', 'example_rows', 'plot_examples']
+           'plot_calibration', 'example_rows', 'plot_examples', 'plot_targets', 'plot_known', 'plot_evaluated']
 
-# %% ../nbs/22_plots.ipynb #7843f4eb
+# %% ../nbs/22_plots.ipynb #c9e05452
+from textwrap import shorten
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .evaluation import METRICS, Metric, check_distributions, check_numbers, distribution_metrics
+from .evaluation import METRICS, Evaluation, Metric, check_distributions, check_numbers, distribution_metrics
 
 # %% ../nbs/22_plots.ipynb #f42f6662
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000') # Okabe and Ito 2008
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')  # Okabe and Ito 2008
 MARKERS, LINES = 'osD^vPX', ('-', '--', '-.', ':', (0, (6, 2)), (0, (1, 3)), (0, (4, 1, 1, 1, 1, 1)))
 
 def _style(i): return dict(color=COLOURS[i % 7], marker=MARKERS[i % 7], ls=LINES[i % 7])
@@ -55,7 +57,7 @@ def plot_intervals(
     baseline='the baseline',  # its name
 ):  # the figure
     "Each method's metric with its 95 % interval, and its paired difference to the baseline; the best on top."
-    if metric not in intervals.index.get_level_values('metric'): raise ValueError(f'the intervals hold no metric {metric}')
+    if metric not in intervals.index.unique('metric'): raise ValueError(f'the intervals hold no metric {metric}')
     known = METRICS.get(metric, Metric(metric.replace('_', ' ')))
     part = intervals.xs(metric, level='metric').dropna(subset='value')
     part = part.sort_values('value', ascending=known.lower_is_better)
@@ -105,12 +107,10 @@ PARTS = {'loss': ('total loss', 'weighted sum (nats)'), 'number_ce': ('number CE
          'eval_crps': ('validation CRPS', 'correlation units'), 'eval_mae': ('validation MAE', 'correlation units'),
          'eval_r2': ('validation R2', '1 - SSE/SST')}
 
-def plot_losses(
-    log_history: list,  # dicts as in transformers' `trainer.state.log_history`; those with a known part and `step` count
-):  # the figure
-    "One panel for each part of the training log that occurs and is not 0 throughout; ValueError if there is none."
-    series = {k: [(e['step'], e[k]) for e in log_history if k in e and 'step' in e] for k in PARTS}
-    series = {k: np.array(v, dtype=float).T for k, v in series.items() if any(x for _, x in v)}
+def plot_losses(log_history: list):  # dicts as in transformers' `trainer.state.log_history`
+    "Figure with a panel for each of `PARTS` that occurs with `step` and is not always 0; ValueError if there is none."
+    found = {k: [(e['step'], e[k]) for e in log_history if k in e and 'step' in e] for k in PARTS}
+    series = {k: np.array(v, dtype=float).T for k, v in found.items() if any(x for _, x in v)}
     if not series: raise ValueError(f"the log has no entry with step and one of {', '.join(PARTS)}")
     columns = min(3, len(series))
     lines = -(-len(series) // columns)
@@ -130,7 +130,7 @@ def plot_losses(
 
 # %% ../nbs/22_plots.ipynb #bf9b5455
 def plot_calibration(
-    probabilities: dict,  # predictive distributions (n, len(values)) by method, or (distributions, own y)
+    probabilities: dict,                       # distributions (n, len(values)) by method, or (distributions, own y)
     values,                                    # increasing grid values
     y,                                         # true values or labels, shape (n,); for methods without their own
     title='Calibration of central intervals',  # of the figure
@@ -146,32 +146,27 @@ def plot_calibration(
         seen = distribution_metrics(p, values, known, level)
         covered = [seen[f'coverage_{100*q:g}'] for q in level]
         ax.plot(level, covered, ms=max(3, 7 - 1.5 * i), mfc='none', lw=1, label=name, **_style(i))
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel='promised coverage', ylabel='observed coverage', title=title, aspect='equal')
+    ax.set(xlim=(0, 1), ylim=(0, 1), aspect='equal')
+    ax.set(xlabel='promised coverage', ylabel='observed coverage', title=title)
     ax.legend(fontsize=8, loc='upper left')
     return ax
 
 # %% ../nbs/22_plots.ipynb #86b82933
-def example_rows(
-    errors,  # absolute errors, shape (n,)
-    n=5,     # how many rows, at most
-) -> np.ndarray:  # positions, from the smallest error to the largest
-    "Positions of rows spread evenly over the ranks of the error."
+def example_rows(errors, n=5) -> np.ndarray:  # positions, from the smallest error to the largest
+    "Positions of at most `n` rows spread evenly over the ranks of their absolute errors (rows,)."
     errors, = check_numbers(errors=errors)
     ranks = np.unique(np.linspace(0, len(errors) - 1, n).round().astype(int))
     return np.argsort(errors, kind='stable')[ranks]
 
-# %% ../nbs/22_plots.ipynb #06030aaa
-SHOWN = 4 # similar pairs to write down of each example
-
-def _cut(text, n): return text if len(text) <= n else text[:n - 1] + '…'
+SHOWN = 4  # similar pairs to write down of each example
 
 def _write_example(ax, row, pairs):
     "Titles of a pair and, below, of its similar pairs with their values"
-    titles = [_cut(row.contract_a_title, 88), _cut(row.contract_b_title, 88)]
+    titles = [shorten(t, 88, placeholder='…') for t in (row.contract_a_title, row.contract_b_title)]
     lines = [] if pairs else ['   no similar pairs were shown']
     for n in pairs:
-        lines.append(f"   {n['value']:+.2f}  {_cut(n['contract_a_title'], 84)}")
-        lines.append(f"              {_cut(n['contract_b_title'], 84)}")
+        lines.append(f"   {n['value']:+.2f}  {shorten(n['contract_a_title'], 84, placeholder='…')}")
+        lines.append(f"              {shorten(n['contract_b_title'], 84, placeholder='…')}")
     style = dict(va='top', parse_math=False, transform=ax.transAxes)
     ax.text(0, 1, '\n'.join(titles), fontsize=9, weight='bold', **style)
     ax.text(0, 0.98, '\n\n' + '\n'.join(lines), fontsize=8.5, linespacing=1.35, **style)
@@ -192,7 +187,7 @@ def plot_examples(
     probabilities,       # their predictive distributions, shape (len(rows), len(values))
     values,              # increasing grid values
     near: list,  # similar pairs that each was shown, dicts with `value` and both titles, nearest first; [] for none
-    known: dict,  # what is known of the rows: name -> values, shape (len(rows),), e.g. {"measured": rows.price_correlation}
+    known: dict,         # what is known of the rows: values, shape (len(rows),), by name, e.g. "measured"
 ):  # the figure
     "Per row its texts and those of its similar pairs, and beside them the distribution, its mean, and what is known."
     p, x = check_distributions(probabilities, values)
@@ -210,3 +205,44 @@ def plot_examples(
     fig.legend(handles.values(), handles, loc='outside lower center', ncols=len(handles), fontsize=8, frameon=False)
     fig.suptitle('Example predictions, from the smallest error to the largest', fontsize=11)
     return fig
+
+# %% ../nbs/22_plots.ipynb #0b91bab7
+def plot_targets(
+    rows: pd.DataFrame,  # pairs with `split`
+    target: str,         # column to predict
+):  # the figure
+    "Histogram of what is to be predicted, by side of the split"
+    axes = rows.groupby('split')[target].plot.hist(bins=40, range=(-1, 1), alpha=.6, figsize=(7, 2.8), legend=True,
+                                                   title='What is to be predicted', xlabel=target)
+    return axes.iloc[0].figure
+
+def _known(e: Evaluation, rows) -> dict:
+    "What is known of some rows of an evaluation, by what to call it"
+    label = 'measured correlation' if e.target == 'price_correlation' else e.target.replace('_', ' ')
+    known = {label: e.rows[e.target][rows]}
+    truth = 'true_correlation' in e.rows and e.target != 'underlying_event_correlation'
+    return known | ({'true correlation of the simulation': e.rows.true_correlation[rows]} if truth else {})
+
+def plot_known(
+    evaluation: Evaluation,
+    distribution,            # `AnswerDistribution` of all its rows
+):  # the figure: a panel for each thing that is known
+    "Predictions of the test rows against what is known of them"
+    e, test = evaluation, evaluation.splits['test']
+    lower, upper = (end[test] for end in distribution.interval(0.9))
+    known = _known(e, test)
+    figure, axes = plt.subplots(1, len(known), figsize=(5*len(known), 5.4), layout='constrained', squeeze=False)
+    for i, (name, y) in enumerate(known.items()):
+        se = e.rows.price_correlation_se[test] if e.measured and i == 0 else None
+        plot_predictions(y, distribution.mean[test], lower, upper, title='Test rows', xlabel=name, y_se=se, ax=axes[0, i])
+    return figure
+
+def plot_evaluated(
+    evaluation: Evaluation,
+    near: list,              # similar pairs that each of its rows was shown
+):  # the figure
+    "Five test rows: the best, the worst, and three evenly between"
+    e, test = evaluation, np.flatnonzero(evaluation.splits['test'])
+    places = test[example_rows((e.predictions.model - e.rows[e.target]).abs().to_numpy()[test])]
+    known = {name.removesuffix(' of the simulation'): y for name, y in _known(e, places).items()}
+    return plot_examples(e.rows.iloc[places], e.distributions['model'][places], e.values, [near[i] for i in places], known)

@@ -8,7 +8,6 @@ __all__ = ['SemanticRAG', 'neighbour_weights', 'neighbour_arrays', 'neighbour_di
 
 # %% ../nbs/11_rag.ipynb #4b17f93b
 import hashlib
-import html
 import json
 import warnings
 from pathlib import Path
@@ -21,22 +20,19 @@ from scipy.sparse import csr_array
 from scipy.special import softmax
 
 from .files import atomic_dir, content_hash
-from .data import PairError, check_pairs, pair_key
+from .data import TITLES, PairError, check_pairs, pair_key
 from .splits import contract_groups
 from .embeddings import embed_texts, normalize, pair_vectors
 from .models import model_fingerprint
 
-# %% ../nbs/11_rag.ipynb #b7a3d1c1
-try: import faiss
+try:
+    import faiss
 except ImportError as e:
-    raise ImportError("corrnb.rag needs FAISS: pip install 'corrnb[cpu]', or 'corrnb[gpu]' on a machine with an NVIDIA GPU") from e
+    raise ImportError("corrnb.rag needs FAISS: pip install 'corrnb[cpu]', or 'corrnb[gpu]' with an NVIDIA GPU") from e
 
-# %% ../nbs/11_rag.ipynb #d086cc93
-def _check_vectors(
-    x,         # array-like (n, 2h): one pair vector a row, [contract a | contract b]
-    name: str  # what to call it in an error
-) -> np.ndarray: # (n, 2h) float32, contiguous
-    "Pair vectors as FAISS wants them; one ValueError that names the row if they are not usable"
+# %% ../nbs/11_rag.ipynb #708f2c6a
+def _check_vectors(x, name: str) -> np.ndarray:  # (n, 2h) float32, contiguous
+    "Pair vectors (n, 2h) as FAISS wants them; one ValueError that names the row if they are not usable"
     with np.errstate(over='ignore'): x = np.ascontiguousarray(x, dtype=np.float32)
     if x.ndim != 2 or x.shape[1] % 2 or not x.shape[1]:
         raise ValueError(f"{name}: expected shape (n, 2h), both contracts' vectors side by side, got {x.shape}")
@@ -44,172 +40,162 @@ def _check_vectors(
     if len(bad): raise ValueError(f'{name}: row {bad[0]} holds NaN or infinity ({len(bad)} of {len(x)} rows do)')
     return x
 
-# %% ../nbs/11_rag.ipynb #708f2c6a
-def _known_pairs(
-    pairs: list[dict],  # metadata of each pair
-    target: str         # key of its known correlation
-) -> list[dict]:  # the same in plain JSON values, titles cleaned
-    "Metadata of known training pairs; `PairError` names all rows that cannot be used and the reasons"
+def _check_known(pairs: list[dict], target: str) -> pd.DataFrame:
+    "Known training pairs, titles cleaned; `PairError` names all rows that cannot be used and the reasons"
     checked = check_pairs(pairs, target)
-    if len(checked) < len(pairs): raise PairError(['inactive rows have no place in an index: leave them and their vectors out'])
-    if (other := checked.get('split', pd.Series('train', checked.index)) != 'train').any():
-        raise PairError([f'row {i + 1} (id {checked.id[i]}): a row of the {checked.split[i]} split; the index holds training rows only'
-                         for i in checked.index[other]])
-    rows = checked.astype(object).where(checked.notna(), None).to_dict('records')
-    return json.loads(json.dumps(rows, default=lambda v: v.item() if isinstance(v, np.generic) else str(v)))
+    if len(checked) < len(pairs):
+        raise PairError(['inactive rows have no place in an index: leave them and their vectors out'])
+    other = checked[checked.split != 'train'] if 'split' in checked else checked[:0]
+    problems = [f'row {i + 1} (id {r.id}): a row of the {r.split} split; the index holds training rows only'
+                for i, r in other.iterrows()]
+    if problems: raise PairError(problems)
+    return checked
 
-# %% ../nbs/11_rag.ipynb #91925d56
+# %% ../nbs/11_rag.ipynb #06959ed3
+def _pair_keys(pairs: pd.DataFrame) -> np.ndarray:
+    "`pair_key` of each pair: the column where it is there, else from the titles"
+    if 'pair_key' in pairs: return pairs.pair_key.to_numpy(str)
+    return np.array([pair_key(a, b) for a, b in zip(pairs.contract_a_title, pairs.contract_b_title)], dtype=str)
+
 class SemanticRAG:
     "Similar pairs of contracts whose correlation is known, by squared L2 distance of their vectors"
-    def __init__(self): self._fill(None, [], {})
+    def __init__(self): self._fill(None, [], {}, [])
 
-    def _fill(self, index, metadata, fingerprint):
+    def _fill(self, index, metadata, fingerprint, keys):
         self.index, self.metadata, self.fingerprint = index, metadata, fingerprint
-        self._keys = np.array([pair_key(m['contract_a_title'], m['contract_b_title']) for m in metadata], dtype=str)
-        self._most = int(np.unique(self._keys, return_counts=True)[1].max()) if metadata else 0  # rows of one pair
+        self._keys, self._rows = np.asarray(keys, dtype=str), {}    # `pair_key` of each row, rows of each `pair_key`
+        for row, key in enumerate(keys): self._rows.setdefault(key, []).append(row)
+        self._most = max(map(len, self._rows.values()), default=0)  # rows of one pair
+        return self
+
+    def _index(self, vectors, pairs: pd.DataFrame, keys, target, fingerprint):
+        "Index pairs that are checked and keyed already; their rows become plain JSON values"
+        index = faiss.IndexFlatL2(vectors.shape[1])
+        index.add(vectors)
+        rows = pairs.astype(object).where(pairs.notna(), None).to_dict('records')
+        rows = json.loads(json.dumps(rows, default=lambda v: v.item() if isinstance(v, np.generic) else str(v)))
+        return self._fill(index, rows, json.loads(json.dumps({**fingerprint, 'target': target})), keys)
 
     def __len__(self): return len(self.metadata)
 
     def _ready(self):
         if self.index is None: raise ValueError('this SemanticRAG has no index yet: call build_index or load first')
 
-# %% ../nbs/11_rag.ipynb #06959ed3
+    def __repr__(self): return f'SemanticRAG({len(self)} pairs, {self.fingerprint})'
+
+    def _repr_html_(self):
+        d = 0 if self.index is None else self.index.d
+        facts = dict(pairs=len(self), dimensions=d, size=f'{len(self) * d * 4 / 1e6:.2f} MB', distance='squared L2')
+        return pd.Series(facts | self.fingerprint, name='SemanticRAG').to_frame().to_html()
+
 @patch
 def build_index(
     self: SemanticRAG,
     embeddings,                                  # (n, 2h) float32: [vector of contract a | vector of contract b]
-    metadata: list[dict],  # n pairs: id, contract_a_title, contract_b_title, the target, and what you like
+    metadata: list[dict],                        # n pairs: id, both titles, the target, and what you like
     target: str='underlying_event_correlation',  # key of the known correlation
-    fingerprint: dict|None=None  # what the vectors were made from: rows, model, tokenizer, layer, centring ...
+    fingerprint: dict|None=None                  # what the vectors were made from: rows, model, layer, centring ...
 ) -> SemanticRAG:  # itself
     "Index the vectors of known pairs (training rows only); ValueError on unusable input, the old index stays then"
     vectors = _check_vectors(embeddings, 'embeddings')
-    if len(vectors) != len(metadata): raise ValueError(f'{len(vectors)} embeddings but {len(metadata)} rows of metadata')
+    if len(vectors) != len(metadata): raise ValueError(f'{len(vectors)} embeddings, {len(metadata)} rows of metadata')
     if not len(vectors): raise ValueError('no pairs to index: embeddings and metadata have zero rows')
-    metadata = _known_pairs(metadata, target)
-    fingerprint = json.loads(json.dumps({**(fingerprint or {}), 'target': target}))
-    index = faiss.IndexFlatL2(vectors.shape[1])
-    index.add(vectors)
-    self._fill(index, metadata, fingerprint)
-    return self
-
-# %% ../nbs/11_rag.ipynb #212fae32
-@patch
-def __repr__(self: SemanticRAG):
-    if self.index is None: return 'SemanticRAG(no index yet)'
-    return 'SemanticRAG(' + ', '.join(f'{k}: {v}' for k, v in self._facts().items()) + ')'
-
-@patch
-def _facts(self: SemanticRAG) -> dict: # what a person wants to know of an index
-    size = f'{self.index.ntotal * self.index.d * 4 / 1e6:.2f} MB'
-    return dict(pairs=len(self), dimensions=self.index.d, size=size, distance='squared L2', **self.fingerprint)
-
-@patch
-def _repr_html_(self: SemanticRAG):
-    if self.index is None: return f'<p>{self!r}</p>'
-    rows = ''.join(f'<tr><th style="text-align:left">{html.escape(str(k))}</th><td style="text-align:left">'
-                   f'{html.escape(str(v))}</td></tr>' for k, v in self._facts().items())
-    return f'<table><caption>SemanticRAG</caption>{rows}</table>'
-
-# %% ../nbs/11_rag.ipynb #9aebfaf9
-def _swap(vectors): "[a | b] to [b | a], (n, 2h)"; return np.roll(vectors, vectors.shape[-1] // 2, axis=-1)
-
-@patch
-def _nearest(self: SemanticRAG, query, candidates, k, excluded):
-    "The `k` nearest of the candidate rows in either order, and their squared distances"
-    rows = np.unique(candidates)
-    rows = rows[~np.isin(self._keys[rows], list(excluded))]
-    stored = self.index.reconstruct_batch(rows).astype(np.float64)
-    both = np.stack([((stored - q)**2).sum(1) for q in (query, _swap(query))])            # (2, rows)
-    best, swapped = both.min(0), both[1] < both[0]
-    order = np.lexsort((rows, best))
-    _, once = np.unique(self._keys[rows[order]], return_index=True)                       # the nearest row of each pair
-    top = order[np.sort(once)[:k]]
-    target = self.fingerprint['target']
-    similar = [{**(m := self.metadata[r]), 'value': m[target], 'swapped': bool(s)} for r, s in zip(rows[top], swapped[top])]
-    return similar, best[top].astype(np.float32)
+    known = _check_known(metadata, target)
+    return self._index(vectors, known, _pair_keys(known[TITLES]), target, fingerprint or {})
 
 # %% ../nbs/11_rag.ipynb #80460c70
+def _swap(vectors): return np.roll(vectors, vectors.shape[-1] // 2, axis=-1)  # [a | b] to [b | a], (..., 2h)
+
+@patch
+def _nearest(self: SemanticRAG, query: np.ndarray, k: int, excluded: set[str]) -> tuple[list[dict], np.ndarray]:
+    "The `k` nearest pairs in either order without those of the excluded keys, and their squared distances"
+    out = [row for key in excluded for row in self._rows.get(key, ())]
+    others = faiss.SearchParameters(sel=faiss.IDSelectorNot(faiss.IDSelectorBatch(out)))
+    orders = np.stack([query, _swap(query)])
+    rows = np.unique(self.index.search(orders, min(len(self), 2 * k * self._most), params=others)[1])
+    rows = rows[rows >= 0]                                                    # -1: there are no more
+    stored = self.index.reconstruct_batch(rows).astype(np.float64)
+    straight, swapped = (((stored - q)**2).sum(1) for q in orders.astype(np.float64))
+    distance = np.minimum(straight, swapped)
+    order = np.lexsort((rows, distance))
+    _, nearest = np.unique(self._keys[rows[order]], return_index=True)        # one row of each pair
+    top = order[np.sort(nearest)[:k]]
+    target, turned = self.fingerprint['target'], (swapped < straight).tolist()
+    similar = [{**self.metadata[rows[i]], 'value': self.metadata[rows[i]][target], 'swapped': turned[i]} for i in top]
+    return similar, distance[top].astype(np.float32)
+
 @patch
 def search_many(
     self: SemanticRAG,
     queries,      # (m, 2h) pair vectors
     k: int=5,     # neighbours of each query
     exclude=None  # for each query None, a `pair_key` or several of them, to leave out
-) -> tuple[list[list[dict]], list[np.ndarray]]: # per query as in `search`
+) -> tuple[list[list[dict]], list[np.ndarray]]:  # per query as in `search`
     "Nearest known pairs of each query; ValueError for wrong shapes, NaN, or an index that is not there"
     self._ready()
     queries = _check_vectors(queries, 'queries')
-    if queries.shape[1] != self.index.d:
-        raise ValueError(f'queries have {queries.shape[1]} dimensions, the index has {self.index.d}: made by another model?')
+    n, d = queries.shape
+    if d != self.index.d:
+        raise ValueError(f'queries have {d} dimensions, the index has {self.index.d}: made by another model?')
     if k < 1: raise ValueError(f'k must be at least 1, got {k}')
-    exclude = [None] * len(queries) if exclude is None else exclude
-    if isinstance(exclude, str) or len(exclude) != len(queries):
-        raise ValueError(f'exclude needs one entry for each of the {len(queries)} queries')
-    exclude = [set() if e is None else {e} if isinstance(e, str) else set(e) for e in exclude]
-    if not len(queries): return [], []
-    wanted = min(len(self), 2 * self._most * (k + max(map(len, exclude))))
-    _, rows = self.index.search(np.concatenate([queries, _swap(queries)]), wanted)
-    rows = np.hstack(np.split(rows, 2))                                                   # candidates of both orders
-    found = [self._nearest(q, r, k, e) for q, r, e in zip(queries.astype(np.float64), rows, exclude)]
-    if (fewest := min(len(f) for f, _ in found)) < k:
+    exclude = [()] * n if exclude is None else exclude
+    if isinstance(exclude, str) or len(exclude) != n:
+        raise ValueError(f'exclude needs one entry for each of the {n} queries')
+    exclude = [{e} if isinstance(e, str) else set(e or ()) for e in exclude]
+    found = [self._nearest(query, k, keys) for query, keys in zip(queries, exclude)]
+    fewest = min((len(similar) for similar, _ in found), default=k)
+    if fewest < k:
         warnings.warn(f'only {fewest} of {k} neighbours: the index of {len(self)} rows holds no more that may be used')
-    return [f for f, _ in found], [d for _, d in found]
+    return [similar for similar, _ in found], [distances for _, distances in found]
 
-# %% ../nbs/11_rag.ipynb #e3666e03
 @patch
 def search(
     self: SemanticRAG,
     query_embedding,  # (2h,) or (1, 2h): vector of one pair
     k: int=5,         # neighbours wanted; fewer come back, with a warning, when the index has no more
     exclude=None      # `pair_key` or several of them to leave out: for a training row its own
-) -> tuple[list[dict], np.ndarray]: # pairs, nearest first, with their `value` and `swapped`; squared L2 distances (k,)
+) -> tuple[list[dict], np.ndarray]:  # pairs, nearest first, with `value` and `swapped`; squared L2 distances (k,)
     "The `k` known pairs nearest to the query in either order: (similar_pairs, distances)"
     query = np.asarray(query_embedding)
-    if query.ndim == 2 and len(query) != 1: raise ValueError(f'search takes one query, got {len(query)}: use search_many')
+    if query.ndim > 1 and len(query) != 1: raise ValueError(f'search takes 1 query, got {len(query)}, see search_many')
     similar, distances = self.search_many(query.reshape(1, -1), k, [exclude])
     return similar[0], distances[0]
 
-# %% ../nbs/11_rag.ipynb #e0a2e6f4
-def _sha256(path: Path) -> str: "Hexadecimal SHA-256 of a file"; return hashlib.sha256(path.read_bytes()).hexdigest()
+# %% ../nbs/11_rag.ipynb #d3837ab5
+def _sha256(path: Path) -> str: return hashlib.sha256(path.read_bytes()).hexdigest()
 
 @patch
-def save(
-    self: SemanticRAG,
-    folder: str|Path  # folder to make; an index that is there is replaced, anything else is not
-) -> Path:  # the folder
-    "Write the index as a folder that appears whole or not at all"
+def save(self: SemanticRAG, folder: str|Path) -> Path:
+    "Write the index as a folder, whole or not at all; an index that is there is replaced, anything else is not"
     self._ready()
     folder = Path(folder)
-    if folder.exists() and not (folder/'index.faiss').exists() and (not folder.is_dir() or any(folder.iterdir())):
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not empty and not (folder/'index.faiss').exists():
         raise ValueError(f'{folder} is there and is not an index: it is not replaced')
     with atomic_dir(folder) as tmp:
         faiss.write_index(self.index, str(tmp/'index.faiss'))
         (tmp/'metadata.json').write_text(json.dumps(self.metadata, ensure_ascii=False, indent=0), encoding='utf-8')
         files = {name: _sha256(tmp/name) for name in ('index.faiss', 'metadata.json')}
-        manifest = dict(rows=len(self), dimensions=self.index.d, distance='squared L2', fingerprint=self.fingerprint, files=files)
+        manifest = dict(rows=len(self), dimensions=self.index.d, distance='squared L2',
+                        fingerprint=self.fingerprint, files=files)
         (tmp/'manifest.json').write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding='utf-8')
     return folder
 
-# %% ../nbs/11_rag.ipynb #d3837ab5
-def _check_files(
-    folder: Path,      # of an index
-    expect: dict|None  # fields that the fingerprint must have
-) -> dict:  # its manifest
-    "Read the manifest and compare it with the files and with what is expected; ValueError if anything differs"
-    if not (folder/'manifest.json').exists(): raise FileNotFoundError(f'no index in {folder}: it has no manifest.json')
+def _check_files(folder: Path, expect: dict) -> dict:  # its manifest
+    "Compare the manifest with the files and with what is expected of its fingerprint; ValueError if anything differs"
+    path = folder/'manifest.json'
+    if not path.exists(): raise FileNotFoundError(f'no index in {folder}: it has no manifest.json')
     try:
-        manifest = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))
-        fingerprint, files = manifest['fingerprint'], [(folder/name, sha) for name, sha in manifest['files'].items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f'{folder/"manifest.json"} is damaged ({e}): build the index again') from e
-    other = [f'{k} is {fingerprint.get(k)!r}, expected {v!r}' for k, v in json.loads(json.dumps(expect or {})).items()
-             if k not in fingerprint or fingerprint[k] != v]
-    if other: raise ValueError(f'the index in {folder} was made from something else: {"; ".join(other)}. Build it again')
-    for path, sha in files:
-        if not path.exists(): raise ValueError(f'{path} is missing: build the index again')
-        if _sha256(path) != sha:
-            raise ValueError(f'{path} is damaged (its SHA-256 differs from the manifest): build the index again')
+        manifest = json.loads(path.read_text(encoding='utf-8'))
+        made_from, files = dict(manifest['fingerprint']), dict(manifest['files'])
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f'{path} is damaged ({e}): build the index again') from e
+    expect = json.loads(json.dumps(expect))
+    other = [f'{k} is {made_from.get(k)!r}, expected {v!r}' for k, v in expect.items() if made_from.get(k) != v]
+    if other: raise ValueError(f'the index in {folder} was made from other data: {"; ".join(other)}. Build it again')
+    for name, sha in files.items():
+        if not (folder/name).exists(): raise ValueError(f'{folder/name} is missing: build the index again')
+        if _sha256(folder/name) != sha: raise ValueError(f'{folder/name} is damaged (SHA-256): build the index again')
     return manifest
 
 @patch
@@ -218,91 +204,78 @@ def load(
     folder: str|Path,       # made by `save`
     expect: dict|None=None  # fields that the fingerprint must have, such as `dict(model=..., rows=..., target=...)`
 ) -> SemanticRAG:  # itself
-    "Read a saved index; ValueError if a file is damaged or the fingerprint is not as expected, the old index stays then"
-    manifest = _check_files(folder := Path(folder), expect)
+    "Read a saved index; ValueError if it is damaged or its fingerprint not as expected, the old index stays then"
+    folder = Path(folder)
+    manifest = _check_files(folder, expect or {})
     index = faiss.read_index(str(folder/'index.faiss'))
     metadata = json.loads((folder/'metadata.json').read_text(encoding='utf-8'))
     if not index.ntotal == len(metadata) == manifest.get('rows'):
         raise ValueError(f'{folder} holds {index.ntotal} vectors and {len(metadata)} pairs: build the index again')
-    self._fill(index, metadata, manifest['fingerprint'])
-    return self
+    return self._fill(index, metadata, manifest['fingerprint'], _pair_keys(pd.DataFrame(metadata)[TITLES]))
 
-# %% ../nbs/11_rag.ipynb #2fb4886e
-def neighbour_weights(
-    distances,             # (..., k) squared L2 distances; infinity: no such neighbour
-    temperature: float=1.  # in units of the distance: small trusts the nearest alone, large trusts all alike
-) -> np.ndarray:  # (..., k), sum 1
-    "Weight of each neighbour: softmax(-distance / temperature), as in kNN-LM (Khandelwal et al. 2020, eq. 2)"
+# %% ../nbs/11_rag.ipynb #7e7895a3
+def neighbour_weights(distances, temperature: float=1.) -> np.ndarray:  # (..., k), sum 1
+    "softmax(-distance / temperature) over (..., k), infinity: no neighbour; kNN-LM (Khandelwal et al. 2020, eq. 2)"
     d = np.asarray(distances, dtype=float)
     if not temperature > 0: raise ValueError(f'temperature must be positive, got {temperature}')
     if d.ndim == 0 or not d.size or not (d >= 0).all() or not np.isfinite(d).any(-1).all():
-        raise ValueError('each query needs at least one neighbour with a finite distance, and none may be negative or NaN')
-    w = np.exp(-(d - d.min(-1, keepdims=True)) / temperature)
-    return w / w.sum(-1, keepdims=True)
+        raise ValueError('each query needs at least one neighbour with a finite distance, none may be negative or NaN')
+    return softmax(-(d - d.min(-1, keepdims=True)) / temperature, axis=-1)
 
-# %% ../nbs/11_rag.ipynb #bb367f50
-def neighbour_arrays(
-    neighbours: list[list[dict]],  # of each query, as from `search_many`
-    distances: list[np.ndarray]    # theirs
-) -> tuple[np.ndarray, np.ndarray]: # values and distances, both (queries, most neighbours)
-    "Values and distances as arrays; where a query has fewer neighbours, value 0 at distance infinity"
+def neighbour_arrays(neighbours: list[list[dict]], distances: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    "What `search_many` gave as values and distances (queries, most neighbours), padded with value 0 at infinity"
     shape = len(neighbours), max(map(len, neighbours), default=0)
-    values, gaps = np.zeros(shape), np.full(shape, np.inf)
+    values, filled = np.zeros(shape), np.full(shape, np.inf)
     for i, (ns, d) in enumerate(zip(neighbours, distances)):
-        values[i, :len(ns)], gaps[i, :len(ns)] = [n['value'] for n in ns], d
-    return values, gaps
+        values[i, :len(ns)] = [n['value'] for n in ns]
+        filled[i, :len(ns)] = d
+    return values, filled
 
-# %% ../nbs/11_rag.ipynb #a5961ac1
 def neighbour_distribution(
     values,                # (..., k) known correlations of the neighbours
     distances,             # (..., k) their squared L2 distances; infinity: no such neighbour
     grid_values,           # (g,) possible answers
     bandwidth: float=0.1,  # standard deviation of the kernels, in correlation
-    temperature: float=1.  # see `neighbour_weights`
+    temperature: float=1.  # in squared distance: small trusts the nearest alone, large trusts all alike
 ) -> np.ndarray:  # (..., g) probabilities, sum 1
     "Kernel-smoothed distribution of the neighbours' correlations on the grid; ValueError on NaN or shapes that differ"
-    values, grid, weights = np.asarray(values, dtype=float), np.asarray(grid_values, dtype=float), neighbour_weights(distances, temperature)
+    values, grid = np.asarray(values, dtype=float), np.asarray(grid_values, dtype=float)
+    weights = neighbour_weights(distances, temperature)
     if values.shape != weights.shape: raise ValueError(f'values have shape {values.shape}, distances {weights.shape}')
     if not np.isfinite(values[weights > 0]).all(): raise ValueError('values hold NaN or infinity')
     if not bandwidth > 0: raise ValueError(f'bandwidth must be positive, got {bandwidth}')
-    known, which = np.unique(np.where(weights > 0, values, 0), return_inverse=True)     # a known pair is the neighbour of many
-    kernels, k = softmax(-.5 * ((grid - known[:, None]) / bandwidth)**2, -1), values.shape[-1]
-    spread = csr_array((weights.ravel(), which.ravel(), np.arange(0, weights.size + 1, k)), shape=(weights.size // k, len(known)))
+    known, which = np.unique(np.where(weights > 0, values, 0), return_inverse=True)   # many rows share neighbours
+    kernels = softmax(-.5 * ((grid - known[:, None]) / bandwidth)**2, axis=-1)        # (known, g)
+    starts = np.arange(0, weights.size + 1, values.shape[-1])
+    spread = csr_array((weights.ravel(), which.ravel(), starts), shape=(len(starts) - 1, len(known)))
     return (spread @ kernels).reshape(*values.shape[:-1], len(grid))
 
 # %% ../nbs/11_rag.ipynb #dd2719ce
 def plot_neighbour_distribution(
-    values,                  # (k,) known correlations of the neighbours
-    distances,               # (k,) their squared L2 distances
-    grid_values,             # (g,) possible answers
-    bandwidth=0.1,           # as in `neighbour_distribution`
-    temperature: float=1.,   # as in `neighbour_distribution`
+    values, distances, grid_values, bandwidth: float=0.1, temperature: float=1.,  # as of `neighbour_distribution`
     truth: float|None=None,  # the query's own correlation, if known
     ax=None                  # matplotlib axes; None: a new figure
 ):  # the axes
-    "What the neighbours of one query say: their weighted correlations and the distribution made from them"
+    "The kNN forecast of one query: the neighbours' weighted correlations and the distribution made from them"
     if ax is None: ax = plt.subplots(figsize=(7, 3.5))[1]
     p = neighbour_distribution(values, distances, grid_values, bandwidth, temperature)
     ax.fill_between(grid_values, p, color='tab:blue', alpha=.25)
     ax.plot(grid_values, p, color='tab:blue', label='distribution')
     weights = neighbour_weights(distances, temperature)
-    ax.vlines(values, 0, weights / weights.max() * p.max(), color='tab:orange', linewidth=1.5)
-    ax.plot(values, weights / weights.max() * p.max(), 'o', color='tab:orange', label='neighbours (height: weight)')
+    height = weights / weights.max() * p.max()
+    ax.vlines(values, 0, height, color='tab:orange', linewidth=1.5)
+    ax.plot(values, height, 'o', color='tab:orange', label='neighbours (height: weight)')
     if truth is not None: ax.axvline(truth, color='black', linestyle='--', label='known correlation')
-    ax.set(title="The neighbours' own forecast", xlabel='correlation', ylabel='probability',
+    ax.set(title='kNN forecast', xlabel='correlation', ylabel='probability',
            xlim=(-1, 1), ylim=(0, 1.35 * p.max()))
     ax.legend(fontsize=8)
     return ax
 
-# %% ../nbs/11_rag.ipynb #e3c574c1
-def rows_fingerprint(
-    rows: pd.DataFrame,  # of a pairs frame
-    target: str
-) -> str:
-    "Short hash of ids, titles and target of the rows, in whatever order"
-    return content_hash(rows[['id', 'contract_a_title', 'contract_b_title', target]].astype(str).sort_values('id').values.tolist())
-
 # %% ../nbs/11_rag.ipynb #9cec2504
+def rows_fingerprint(rows: pd.DataFrame, target: str) -> str:
+    "Short hash of ids, titles and target of the rows, in whatever order"
+    return content_hash(rows[['id', *TITLES, target]].astype(str).sort_values('id').values.tolist())
+
 class PairRetriever:
     "Similar training pairs of a pair of titles"
     def __init__(
@@ -319,40 +292,55 @@ class PairRetriever:
 
     def _pooled(self, titles: list[str]) -> np.ndarray:    # (n_layers, n, hidden)
         "Mean hidden states of each title"
-        return np.stack([embed_texts(self.model, self.tokenizer, titles, layer, cache_dir=self.cache_dir) for layer in self.layers])
+        return np.stack([embed_texts(self.model, self.tokenizer, titles, layer, cache_dir=self.cache_dir)
+                         for layer in self.layers])
 
     def vectors(self, pairs: pd.DataFrame) -> np.ndarray:  # (n, 2 x hidden)
-        "Unit vectors of both contracts of each pair: the sum of the layers' centred unit vectors, brought to unit length"
-        titles = sorted(set(pairs.contract_a_title) | set(pairs.contract_b_title))
+        "Unit vectors of both contracts of each pair: sum of the layers' centred unit vectors, brought to unit length"
+        titles = sorted({*pairs.contract_a_title, *pairs.contract_b_title})
         v = sum(normalize(v, center) for v, center in zip(self._pooled(titles), self.center))
         return pair_vectors(pairs, dict(zip(titles, normalize(v))))
+
+    def save(self, folder: str|Path) -> Path:
+        "Write index and centre as one folder"
+        with atomic_dir(folder) as tmp:
+            self.rag.save(tmp/'pairs')
+            np.save(tmp/'center.npy', self.center, allow_pickle=False)
+        return Path(folder)
+
+    @classmethod
+    def load(cls, folder: str|Path, model, tokenizer, cache_dir: Path|None=None, expect: dict|None=None):
+        "Read what `save` wrote; ValueError naming the field if the index was made with another model or other rows"
+        folder = Path(folder)
+        if not (folder/'center.npy').exists(): raise FileNotFoundError(f'{folder} holds no index: no center.npy')
+        rag = SemanticRAG().load(folder/'pairs', expect=dict(model=model_fingerprint(model), **(expect or {})))
+        center = np.load(folder/'center.npy', allow_pickle=False)
+        return cls(rag, model, tokenizer, center, rag.fingerprint['layers'], cache_dir)
 
     def _repr_html_(self): return self.rag._repr_html_()
 
 # %% ../nbs/11_rag.ipynb #96d834a2
 @patch(cls_method=True)
 def build(
-    cls: PairRetriever, pairs: pd.DataFrame,  # with `split`; rows that are not 'train' are left out
-    target: str, model, tokenizer, layers: list[int]=(-1,), cache_dir: Path|None=None
+    cls: PairRetriever,
+    pairs: pd.DataFrame,  # checked, with `split`; rows that are not 'train' are left out
+    target: str,          # column with the known correlations
+    model, tokenizer, layers: list[int]=(-1,), cache_dir: Path|None=None  # as of `PairRetriever`
 ):
     "Embed the contracts of the training rows and index their pairs"
     train = pairs[pairs.split == 'train'] if len(pairs) else pairs
     if not len(train): raise ValueError('no training rows to index')
-    titles = sorted(set(train.contract_a_title) | set(train.contract_b_title))
     self = cls(SemanticRAG(), model, tokenizer, None, layers, cache_dir)
-    self.center = self._pooled(titles).mean(1)
-    columns = [c for c in ('id', 'contract_a_title', 'contract_b_title', 'split', target) if c in train]
-    self.rag.build_index(self.vectors(train), train[columns].to_dict('records'), target,
-                         dict(model=model_fingerprint(model), base_model=model.config.name_or_path, layers=self.layers,
-                              rows=rows_fingerprint(train, target)))
+    self.center = self._pooled(sorted({*train.contract_a_title, *train.contract_b_title})).mean(1)
+    made_from = dict(model=model_fingerprint(model), base_model=model.config.name_or_path, layers=self.layers,
+                     rows=rows_fingerprint(train, target))
+    self.rag._index(self.vectors(train), train[['id', *TITLES, 'split', target]], _pair_keys(train), target, made_from)
     return self
 
-# %% ../nbs/11_rag.ipynb #e3130f4f
 @patch
 def neighbours(self: PairRetriever, pairs: pd.DataFrame, k: int=5) -> tuple[list[list[dict]], list[np.ndarray]]:
-    "Similar training pairs of each pair, nearest first, and squared distances; never the pair itself, its swap or the same texts"
-    own = [pair_key(a, b) for a, b in zip(pairs.contract_a_title, pairs.contract_b_title)]
-    return self.rag.search_many(self.vectors(pairs), k, exclude=own)
+    "Similar training pairs of each pair as from `search_many`; never the pair itself, its swap or the same texts"
+    return self.rag.search_many(self.vectors(pairs), k, exclude=_pair_keys(pairs))
 
 # %% ../nbs/11_rag.ipynb #7ef26587
 @patch
@@ -362,33 +350,18 @@ def training_neighbours(
     k: int,              # most similar pairs of a row
     novelty: pd.Series,  # of the held-out rows: 'seen', 'one_new' or 'both_new'
     seed: int=0          # whose contract is hidden depends on it and on the id of the row
-) -> tuple[list[list[dict]], list[np.ndarray]]: # as of `neighbours`
+) -> tuple[list[list[dict]], list[np.ndarray]]:  # as of `neighbours`
     "Similar pairs of training rows, as they would be found if their contracts were as new as those of held-out rows"
-    share, groups = novelty.value_counts(normalize=True), contract_groups(rows)
-    own, known = [pair_key(a, b) for a, b in zip(rows.contract_a_title, rows.contract_b_title)], {}
-    for key, pair in zip(own, groups):
-        for g in pair: known.setdefault(g, set()).add(key)
-    lots = pd.Series([content_hash(seed, i, 'hide') for i in rows.id])
-    both, one = np.cumsum([share.get('both_new', 0), share.get('one_new', 0)])
-    n_hidden = np.select([(rank := lots.rank(pct=True)) <= both, rank <= one], [2, 1], 0)
-    hidden = [list(pair) if n == 2 else [pair[int(lot, 16) % 2]]*n for pair, lot, n in zip(groups, lots, n_hidden)]
+    own, groups = _pair_keys(rows), contract_groups(rows)
+    pairs_of = pd.Series(own.repeat(2)).groupby(groups.ravel()).agg(set)     # `pair_key` of each contract's pairs
+    share = novelty.value_counts(normalize=True)
+    both, one = share.get('both_new', 0), share.get('one_new', 0)
+    draws = pd.Series([content_hash(seed, i, 'hide') for i in rows.id])
+    rank = draws.rank(pct=True)
+    n_hidden = np.select([rank <= both, rank <= both + one], [2, 1], 0)
+    first = [int(draw, 16) % 2 for draw in draws]
+    hidden = [pair[[i, 1 - i]][:n] for pair, i, n in zip(groups, first, n_hidden)]
+    exclude = [{key}.union(*(pairs_of[group] for group in pair)) for key, pair in zip(own, hidden)]
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', r'only \d+ of \d+ neighbours')     # hiding leaves fewer
-        return self.rag.search_many(self.vectors(rows), k, exclude=[{key}.union(*(known[g] for g in h)) for key, h in zip(own, hidden)])
-
-# %% ../nbs/11_rag.ipynb #c8270759
-@patch
-def save(self: PairRetriever, folder: str|Path) -> Path:
-    "Write index and centre as one folder"
-    with atomic_dir(folder) as tmp:
-        self.rag.save(tmp/'pairs')
-        np.save(tmp/'center.npy', self.center, allow_pickle=False)
-    return Path(folder)
-
-@patch(cls_method=True)
-def load(cls: PairRetriever, folder: str|Path, model, tokenizer, cache_dir: Path|None=None, expect: dict|None=None):
-    "Read what `save` wrote; ValueError naming the field if the index was made with another model or other rows"
-    folder = Path(folder)
-    if not (folder/'center.npy').exists(): raise FileNotFoundError(f'{folder} holds no index: center.npy is missing')
-    rag = SemanticRAG().load(folder/'pairs', expect=dict(model=model_fingerprint(model), **(expect or {})))
-    return cls(rag, model, tokenizer, np.load(folder/'center.npy', allow_pickle=False), rag.fingerprint['layers'], cache_dir)
+        return self.rag.search_many(self.vectors(rows), k, exclude)

@@ -187,7 +187,7 @@ def _save_training(config, run, done: Trained, train_rows, made_from):
     atomic_write(run/'model'/'fitted.parquet', fitted.to_parquet())
     shutil.rmtree(run/'checkpoints', ignore_errors=True)
 
-# %% ../nbs/23_stages.ipynb #f345e1bc
+# %% ../nbs/23_stages.ipynb #6db53a31
 @dataclass
 class Forecasts:
     "What every method predicts for the held-out rows"
@@ -201,6 +201,11 @@ class Forecasts:
     seconds: dict[str, float]                      # a row, by method
     compared: list[str]                            # comparisons that were trained
     lacking: str = ''                              # a sentence on those that were not
+
+    @property
+    def shown(self) -> list[list[dict]]:
+        "Similar pairs that the model was shown"
+        return [n[:self.predictor.k] for n in self.near]
 
 def _comparisons(config, run, predictor, rows) -> tuple[dict, str]:
     "Forecasts of the comparisons that were trained, and a sentence on those that were not"
@@ -253,7 +258,7 @@ def forecast(
     seconds['knn'] += retrieval
     return Forecasts(train, rows, predictor, near, found[1][:, 0], points, forecasts, seconds, [*compared], lacking)
 
-# %% ../nbs/23_stages.ipynb #68373d44
+# %% ../nbs/23_stages.ipynb #cc801d60
 PARTS = ('language_model', 'neighbours', 'model')   # what corrnb predicts, and what it is mixed from: no baselines
 
 @dataclass
@@ -292,7 +297,7 @@ def _metrics(config, run, done: Evaluated) -> dict:
     mass = f.distributions['language_model'].log_mass.exp()
     fitted = f.train.merge(pd.read_parquet(run/'model'/'fitted.parquet'), on='id').dropna(subset=['prediction'])
     mixture = f.predictor.mixture
-    return done.evaluation.record(mass, fitted) | intervals_record(done.intervals, done.best) | dict(
+    return done.evaluation.record(mass.numpy(), fitted) | intervals_record(done.intervals, done.best) | dict(
         use_rag=config.use_rag, language_model_against=done.peers, mixture=asdict(mixture) if mixture else None,
         on_grid_mass=mass.mean().item(), demo_version=DEMO_VERSION if 'true_correlation' in f.rows else None,
         cost=dict(seconds_per_query=f.seconds, training=json.loads(cost.read_text()) if cost.exists() else None),
