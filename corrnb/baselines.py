@@ -19,8 +19,8 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import KernelCenterer, StandardScaler
 
-from .splits import contract_kfold
 from .evaluation import check_numbers
+from .splits import contract_kfold
 
 # %% ../nbs/20_baselines.ipynb #0e3e3ba7
 def contract_folds(rows, n_folds=5, seed=0) -> list[tuple[np.ndarray, np.ndarray]]:  # training and validation positions

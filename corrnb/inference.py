@@ -24,10 +24,10 @@ from peft import PeftModel
 from .answers import AnswerDistribution, AnswerGrid, figure_png
 from .config import Settings
 from .data import TITLES, check_pairs, text_key
+from .manifests import check_manifest
 from .models import encode, load_model, load_tokenizer
 from .prompts import ANSWER_PREFIX, Answer, correlation_type, format_correlation, make_prompt
 from .rag import PairRetriever, neighbour_arrays, neighbour_distribution
-from .manifests import check_manifest
 
 # %% ../nbs/18_inference.ipynb #4d1b6a0a
 @dataclass(frozen=True)

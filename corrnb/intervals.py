@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from .splits import contract_groups
 from .evaluation import MIN_ROWS, TOO_FEW, Evaluation, check_numbers, check_predictions, weighted_metrics
+from .splits import contract_groups
 
 # %% ../nbs/21_intervals.ipynb #cb4807f9
 def node_weights(

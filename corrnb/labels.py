@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import logit
 
-from .files import atomic_write, content_hash
 from .data import NAME, check_table, read_file, text_key
+from .files import atomic_write, content_hash
 from .schema import Contract, ContractCorrelation, ContractPrice, create_tables, make_engine
 
 # %% ../nbs/05_labels.ipynb #5dd92283

@@ -5,77 +5,35 @@
 # %% auto #0
 __all__ = ['train_together', 'main']
 
-# %% ../nbs/27_launch.ipynb #0cdcf4c4
-import json
+# %% ../nbs/27_launch.ipynb #00764ff5
 import os
 import sys
-import tempfile
 from pathlib import Path
 
-import nbformat
+from .notebooks import load_stages
+from .parameters import PipelineError
+from .pipeline import is_current, read_marker, read_params, run_folder, run_stage
 
-from .notebooks import Stage, load_stages
-from .parameters import PipelineError, resolve_parameters
-from .notebooks import execute_stage
-from .pipeline import read_marker, run_folder, run_stage, stage_key
-
-# %% ../nbs/27_launch.ipynb #5aa41008
-def _until_trained(stage: Stage, folder: str|Path) -> Stage:
-    "The stage with a notebook in `folder` that ends with its training"
-    nb = nbformat.read(stage.path, as_version=4)
-    for i, cell in enumerate(nb.cells):
-        lines = cell.source.split('\n')
-        ends = [j for j, l in enumerate(lines) if cell.cell_type == 'code' and l.startswith('trainer.train(')]
-        if not ends: continue
-        cell.source, nb.cells = '\n'.join(lines[:ends[0]+1]), nb.cells[:i+1]
-        nbformat.write(nb, path := Path(folder)/f'{stage.name}.ipynb')
-        return Stage(stage.name, path, stage.parameters, stage.source)
-    raise PipelineError(f'{stage.path} has no line `trainer.train(...)`')
-
-# %% ../nbs/27_launch.ipynb #3673f7e3
-def _mirror(run: Path, own: Path):
-    "A folder with links to what training reads of a run: pairs, index and checkpoints"
-    own.mkdir()
-    (run/'checkpoints').mkdir(exist_ok=True)
-    for name in ('pairs.parquet', 'index', 'checkpoints'): (own/name).symlink_to(run/name)
-
-# %% ../nbs/27_launch.ipynb #6b6da895
-def _own_fsdp():
-    "With `accelerate launch --use_fsdp` the trainer spreads the weights, not Accelerate"
-    if os.environ.pop('ACCELERATE_USE_FSDP', '').lower() == 'true': os.environ['CORRNB_FSDP'] = '1'
-
-# %% ../nbs/27_launch.ipynb #c6f7cf91
-def _check_fsdp(params: dict):
-    "PipelineError for weights that FSDP does not take"
-    if os.environ.get('CORRNB_FSDP') and params['use_4bit']:
-        raise PipelineError('FSDP spreads bf16 weights, not NF4: launch without --use_fsdp, or make the index with `-p use_4bit false`')
-
-# %% ../nbs/27_launch.ipynb #c2d1888d
+# %% ../nbs/27_launch.ipynb #608dced9
 def train_together(
     run_dir: str|Path,   # run folder whose index is made
     rank: int|None=None  # of this process; None: as `accelerate launch` says
 ):
     "One process of those that train a run; PipelineError if the run is not ready, or its training fails"
     folder, rank = Path(run_dir).resolve(), int(os.environ.get('RANK', 0)) if rank is None else rank
-    if not read_marker(folder, 'index'): raise PipelineError(f'{folder} has no index yet: `corrnb index` with its name and profile makes it')
-    saved, stages = json.loads((folder/'params.json').read_text()), load_stages()
-    stage, known = stages[2], {n for s in stages for n in s.parameters}
-    params = resolve_parameters(stages, {n: v for n, v in saved['parameters'].items() if n in known})
-    _check_fsdp(params)
+    if not read_marker(folder, 'index'):
+        raise PipelineError(f'{folder} has no index yet: `corrnb index` with its name and profile makes it')
+    stage, inputs = load_stages()[2], read_params(folder)
     if rank == 0:
-        with run_folder(folder): return run_stage(stage, params, saved['inputs'], folder)
-    done = read_marker(folder, stage.name)     # gone or another before the first process begins to train, and it waits for this one
-    if done and done['key'] == stage_key(stage, params, saved['inputs'], read_marker(folder, 'index')): return
-    with tempfile.TemporaryDirectory() as d:
-        own = Path(d).resolve()/'run'
-        _mirror(folder, own)
-        execute_stage(_until_trained(stage, d), params, own)
+        with run_folder(folder): return run_stage(stage, inputs, folder)
+    if is_current(stage, inputs, folder): return   # else the first process waits for this one before it trains
+    from corrnb.stages import train  # loads torch
+    train(inputs.config, folder)
 
-# %% ../nbs/27_launch.ipynb #3f1c9e69
+# %% ../nbs/27_launch.ipynb #0db7d314
 def main():
-    "`python -m corrnb.launch RUN_FOLDER`, under `accelerate launch`"
-    if len(sys.argv) != 2: sys.exit('usage: accelerate launch --multi_gpu --num_processes N -m corrnb.launch RUN_FOLDER (or --use_fsdp)')
-    _own_fsdp()
+    "`python -m corrnb.launch RUN`, under `accelerate launch`"
+    if len(sys.argv) != 2: sys.exit('usage: accelerate launch --multi_gpu --num_processes N -m corrnb.launch RUN')
     try: train_together(sys.argv[1])
     except PipelineError as e: sys.exit(f'error: {e}')
 

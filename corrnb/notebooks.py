@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'WIDGET', 'REPORTS', 'stage_folder', 'read_parameters', 'Stage', 'read_stage', 'load_stages',
            'set_parameters', 'copy_notebooks', 'reached_code', 'code_hash', 'scrub', 'write_report', 'execute_stage']
 
-# %% ../nbs/24_notebooks.ipynb #b557b5df
+# %% ../nbs/24_notebooks.ipynb #7aaeb4c7
 import ast
 import html
 import json
@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import quote, quote_plus
@@ -72,7 +72,7 @@ def read_parameters(
         raise PipelineError(f'{notebook}: {unknown[0]} is no parameter of corrnb; set it in a cell of its own')
     return list(found)
 
-# %% ../nbs/24_notebooks.ipynb #2ae39bb2
+# %% ../nbs/24_notebooks.ipynb #4ff9230a
 @dataclass(frozen=True)
 class Stage:
     "A notebook of the pipeline"
@@ -86,14 +86,14 @@ def read_stage(path: Path) -> Stage:
 
 def load_stages(
     folder: str|Path|None = None  # where the stage notebooks are; None: those of the library
-) -> list[Stage]:                 # in the order of `STAGES`; PipelineError when notebooks are missing
+) -> list[Stage]:                 # in the order of `STAGES`; ParameterError when notebooks are missing
     "Read the stage notebooks"
     folder = stage_folder(folder)
     if missing := [name for name in STAGES if not (folder/f'{name}.ipynb').is_file()]:
-        raise PipelineError(f'No {missing[0]}.ipynb in {folder}; `corrnb notebooks DIR` copies the stage notebooks')
+        raise ParameterError(f'No {missing[0]}.ipynb in {folder}; `corrnb notebooks DIR` copies the stage notebooks')
     return [read_stage(folder/f'{name}.ipynb') for name in STAGES]
 
-# %% ../nbs/24_notebooks.ipynb #f4527948
+# %% ../nbs/24_notebooks.ipynb #be2e3100
 def set_parameters(
     notebook: Path,
     config: RunConfig
@@ -114,22 +114,32 @@ def copy_notebooks(
     source, to = stage_folder(), Path(to).expanduser()
     config = check_parameters(read_profile(profile, source)[1])
     notebooks = sorted(source.glob('*.ipynb'))
-    if there := [p for p in notebooks if (to/p.name).exists()]: raise ParameterError(f'{to/there[0].name} is there already')
+    there = [to/p.name for p in notebooks if (to/p.name).exists()]
+    if there: raise ParameterError(f'{there[0]} is there already')
     (to/'profiles').mkdir(parents=True, exist_ok=True)
     for p in (*notebooks, *source.glob('profiles/*.yaml')): shutil.copy(p, to/p.relative_to(source))
     for name in STAGES: set_parameters(to/f'{name}.ipynb', config)
     return to
 
-# %% ../nbs/24_notebooks.ipynb #cdc87ef2
+# %% ../nbs/24_notebooks.ipynb #7228fc63
 _NO_CODE = ('config', 'parameters', 'plots')  # rooms whose code does not change what a stage computes
 
-def _plain(tree: ast.AST) -> str:
-    "Code without comments and docstrings"
+def _plain(source: str) -> tuple[ast.Module, str]:
+    "Code without comments and docstrings, as a tree and as text"
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, 'body', None)
         first = body[0] if isinstance(body, list) and body else None
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant): node.body = body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
+    return tree, ast.unparse(tree)
+
+@cache
+def _plain_file(path: Path, changed: tuple) -> tuple[ast.Module, str]: return _plain(path.read_text('utf-8'))
+
+def _rooms(package: Path) -> dict[str, tuple[ast.Module, str]]:
+    "Code of the modules, read again only where a file has changed"
+    stats = {p: p.stat() for p in package.glob('*.py')}
+    return {p.stem: _plain_file(p, (s.st_mtime_ns, s.st_size)) for p, s in stats.items()}
 
 def _imports(tree: ast.AST) -> list[tuple[str, str, str]]:
     "(room, name, as what) of what is imported from the library"
@@ -156,18 +166,17 @@ def reached_code(
     package: Path|None = None  # folder of the modules; None: the library's
 ) -> dict[str, str]:           # code that counts, by room
     "The library's code that a piece of code reaches: whole rooms, but of `stages` only the functions that are used"
-    package = package or Path(corrnb.__file__).parent
-    trees = {p.stem: ast.parse(p.read_text('utf-8')) for p in package.glob('*.py')}
+    code = _rooms(package or Path(corrnb.__file__).parent)
     own, found = _imports(ast.parse(source)), {}
-    if stages := {name for room, name, _ in own if room == 'stages'}:
-        nodes = _stage_functions(trees['stages'], stages)
+    if called := {name for room, name, _ in own if room == 'stages'}:
+        nodes = _stage_functions(code['stages'][0], called)
         used = set().union(*map(_names, nodes))
-        found['stages'] = '\n'.join(_plain(node) for node in nodes)
-        own += [i for i in _imports(trees['stages']) if i[2] in used]
+        found['stages'] = '\n'.join(map(ast.unparse, nodes))
+        own += [i for i in _imports(code['stages'][0]) if i[2] in used]
     rooms = {room for room, _, _ in own}
-    while new := [r for r in sorted(rooms) if r in trees and r not in found and r not in _NO_CODE]:
-        for room in new: rooms |= {r for r, _, _ in _imports(trees[room])}
-        found |= {room: _plain(trees[room]) for room in new}
+    while new := [r for r in sorted(rooms) if r in code and r not in found and r not in _NO_CODE]:
+        for room in new: rooms |= {r for r, _, _ in _imports(code[room][0])}
+        found |= {room: code[room][1] for room in new}
     return found
 
 def code_hash(
@@ -177,16 +186,16 @@ def code_hash(
     "Hash of a notebook's code and of what it reaches"
     source = '\n'.join(c['source'] for c in _code_cells(notebook) if not _is_parameters(c))
     own = '\n'.join(line for line in source.splitlines() if not line.startswith(('%', '!')))
-    return content_hash(_plain(ast.parse(own)), reached_code(own, package))
+    return content_hash(_plain(own)[1], reached_code(own, package))
 
-# %% ../nbs/24_notebooks.ipynb #8785e00e
+# %% ../nbs/24_notebooks.ipynb #d1c3d83f
 def scrub(
     text: str,           # a message
     secrets: list[str]   # as from `Settings().secrets()`
 ) -> str:                # the message with *** for each of them
     "Replace secrets, also percent-encoded or escaped ones"
-    writings = (str, partial(quote, safe=''), quote_plus, html.escape, lambda s: repr(s)[1:-1], lambda s: json.dumps(s)[1:-1])
-    forms = {write(s) for s in secrets for write in writings}
+    urls, quoted = (partial(quote, safe=''), quote_plus), (lambda s: repr(s)[1:-1], lambda s: json.dumps(s)[1:-1])
+    forms = {write(s) for s in secrets for write in (str, html.escape, *urls, *quoted)}
     for form in sorted(forms, key=len, reverse=True): text = text.replace(form, '***')
     return text
 
@@ -218,10 +227,10 @@ class _ScrubbedStream:
     def write(self, text): self.stream.write(scrub(text, self.secrets))
     def flush(self): self.stream.flush()
 
-# %% ../nbs/24_notebooks.ipynb #1e9bcf72
+# %% ../nbs/24_notebooks.ipynb #9382b44d
 REPORTS = {'evaluate': 'report.html', 'compare': 'compare.html'}   # notebooks that become a page, and its name
 _blocks = 'html_head_js', 'html_head_js_mathjax', 'html_head_js_mermaidjs', 'jupyter_widgets', 'stream_stderr'
-_TEMPLATE = "{% extends 'lab/index.html.j2' %}" + ''.join(f'{{% block {name} %}}{{% endblock {name} %}}' for name in _blocks)
+_TEMPLATE = "{% extends 'lab/index.html.j2' %}" + ''.join(f'{{% block {b} %}}{{% endblock {b} %}}' for b in _blocks)
 
 def write_report(
     notebook: Path,   # an executed notebook
@@ -235,12 +244,13 @@ def write_report(
     from traitlets.config import Config
     nb = nbformat.read(notebook, as_version=4)
     nb.metadata['title'] = title
-    exporter = HTMLExporter(extra_loaders=[DictLoader({'report.html.j2': _TEMPLATE})], template_file='report.html.j2', embed_images=True,
-                            exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True,
-                            config=Config(TagRemovePreprocessor=dict(enabled=True, remove_cell_tags=['no-report'])))
+    exporter = HTMLExporter(
+        extra_loaders=[DictLoader({'report.html.j2': _TEMPLATE})], template_file='report.html.j2', embed_images=True,
+        exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True,
+        config=Config(TagRemovePreprocessor=dict(enabled=True, remove_cell_tags=['no-report'])))
     return atomic_write(to, exporter.from_notebook_node(nb)[0])
 
-# %% ../nbs/24_notebooks.ipynb #22d29ba4
+# %% ../nbs/24_notebooks.ipynb #14661d74
 class _ThisPython(AsyncKernelManager):
     "A kernel manager that knows one kernel: the running interpreter"
     @default('transport')
@@ -260,7 +270,6 @@ def _reason(error: Exception) -> str:
     return (f'{error.ename}: {error.evalue}\nHalve per_device_train_batch_size and double gradient_accumulation_steps: '
             'the training stays the same and needs less memory.')
 
-# %% ../nbs/24_notebooks.ipynb #8a57f10a
 def execute_stage(
     stage: Stage,
     config: RunConfig,      # the stage gets its own parameters and `run_dir`

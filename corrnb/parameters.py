@@ -87,7 +87,7 @@ class TrainingConfig:
         'adamw_torch_fused', description='any optimizer of transformers, such as paged_adamw_8bit')
     seed: Whole = Field(0, ge=0, description='of the adapter, the order of the rows and the swaps')
 
-# %% ../nbs/13_parameters.ipynb #73dab2d9
+# %% ../nbs/13_parameters.ipynb #6fb9e359
 def _default(setting: str): return Settings.model_fields[setting].default
 
 Comparison = Literal['linear_head', 'cross_entropy']
@@ -113,7 +113,7 @@ class RunConfig(TrainingConfig):
     rag_top_k: Whole = Field(_default('RAG_TOP_K'), ge=0, description='similar pairs in a prompt')
     both_orders: bool = Field(True, description='average (A, B) and (B, A); false: one order, half the time')
     comparisons: Annotated[list[Comparison], BeforeValidator(_items)] = Field(
-        default_factory=list, description='also train these, to compare with: each takes as long again')
+        default_factory=list, description='also train these, to compare with')
     report_to: Annotated[list[Tracker], BeforeValidator(_items)] = Field(
         default_factory=list, description='also report the training to these; they are extras')
     use_rag: bool = Field(True, description='show similar pairs to the model')

@@ -206,7 +206,7 @@ def plot_examples(
     fig.suptitle('Example predictions, from the smallest error to the largest', fontsize=11)
     return fig
 
-# %% ../nbs/22_plots.ipynb #0b91bab7
+# %% ../nbs/22_plots.ipynb #9dc28f8c
 def plot_targets(
     rows: pd.DataFrame,  # pairs with `split`
     target: str,         # column to predict
@@ -234,7 +234,7 @@ def plot_known(
     figure, axes = plt.subplots(1, len(known), figsize=(5*len(known), 5.4), layout='constrained', squeeze=False)
     for i, (name, y) in enumerate(known.items()):
         se = e.rows.price_correlation_se[test] if e.measured and i == 0 else None
-        plot_predictions(y, distribution.mean[test], lower, upper, title='Test rows', xlabel=name, y_se=se, ax=axes[0, i])
+        plot_predictions(y, distribution.mean[test], lower, upper, 'Test rows', name, se, axes[0, i])
     return figure
 
 def plot_evaluated(
@@ -245,4 +245,5 @@ def plot_evaluated(
     e, test = evaluation, np.flatnonzero(evaluation.splits['test'])
     places = test[example_rows((e.predictions.model - e.rows[e.target]).abs().to_numpy()[test])]
     known = {name.removesuffix(' of the simulation'): y for name, y in _known(e, places).items()}
-    return plot_examples(e.rows.iloc[places], e.distributions['model'][places], e.values, [near[i] for i in places], known)
+    shown = [near[i] for i in places]
+    return plot_examples(e.rows.iloc[places], e.distributions['model'][places], e.values, shown, known)

@@ -19,11 +19,11 @@ from fastcore.basics import patch
 from scipy.sparse import csr_array
 from scipy.special import softmax
 
-from .files import atomic_dir, content_hash
 from .data import TITLES, PairError, check_pairs, pair_key
-from .splits import contract_groups
 from .embeddings import embed_texts, normalize, pair_vectors
+from .files import atomic_dir, content_hash
 from .models import model_fingerprint
+from .splits import contract_groups
 
 try:
     import faiss

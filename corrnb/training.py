@@ -24,8 +24,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_
 
 from .answers import AnswerDistribution, AnswerGrid, model_inputs, tree_log_probs
 from .batches import PairCollator, StepSampler, TrainingRows
-from .files import atomic_write, content_hash, fsync_tree
 from .embeddings import decoder_of, hidden_states
+from .files import atomic_write, content_hash, fsync_tree
 from .losses import number_ce, regression_loss, soft_targets, token_ce
 from .manifests import manifest
 from .parameters import TrainingConfig

@@ -1,5 +1,5 @@
-"""The experiments of learning.ipynb: each is a run of the library's stages on rows that are split here, in a folder of its own.
-What is there is not run again.
+"""The experiments of learning.ipynb: each is a run of the library's stages, on rows that are split here, in a folder of
+its own. What is there is not run again.
 
     CORRNB_DATA_DIR=... python learning.py RESULTS [PATTERN ...]
 """
@@ -70,7 +70,8 @@ def experiment(results: Path, name: str, dataset: str, **settings):
     rows = found.forecasts.rows.join(found.forecasts.points.add_prefix('point_'))
     arrays = {m: d.log_probs.numpy().astype(np.float32) for m, d in found.forecasts.distributions.items()}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, rows=np.frombuffer(rows.to_parquet(), np.uint8), facts=np.array(json.dumps(facts)), **arrays)
+    table = np.frombuffer(rows.to_parquet(), np.uint8)
+    np.savez_compressed(buffer, rows=table, facts=np.array(json.dumps(facts)), **arrays)
     atomic_write(results/f'{name}.npz', buffer.getvalue())
 
 def read(path: Path) -> dict:
