@@ -58,13 +58,14 @@ def _tracker(name: str) -> str:
 Whole = Annotated[int, BeforeValidator(_no_flag)]
 Number = Annotated[FiniteFloat, BeforeValidator(_no_flag)]
 
-# %% ../nbs/13_parameters.ipynb #228d309f
+# %% ../nbs/13_parameters.ipynb #f9c573d7
 @dataclass
 class TrainingConfig:
     "What shapes a trained model; ValueError for a value that makes no sense"
     output_dir: str = './models/llama-3.1-8b-correlation-qlora'  # for checkpoints; a run has its own folder
     num_train_epochs: Number = Field(3.0, gt=0, description='passes over the training rows')
-    per_device_train_batch_size: Whole = Field(4, gt=0, description='rows of a forward pass; halved where memory is short')
+    per_device_train_batch_size: Whole = Field(
+        4, gt=0, description='rows of a forward pass; halved where memory is short')
     gradient_accumulation_steps: Whole = Field(1, gt=0, description='forward passes of an optimizer step')
     learning_rate: Number = Field(2e-4, gt=0, description='peak step size; it then falls linearly to zero')
     warmup_fraction: Number = Field(0.05, ge=0, le=1, description='share of the steps in which it rises to that')

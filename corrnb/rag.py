@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['SemanticRAG', 'neighbour_weights', 'neighbour_arrays', 'neighbour_distribution', 'plot_neighbour_distribution',
-           'rows_fingerprint', 'PairRetriever']
+           'rows_fingerprint', 'PairRetriever', 'neighbour_table']
 
 # %% ../nbs/11_rag.ipynb #4b17f93b
-import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -21,7 +20,7 @@ from scipy.special import softmax
 
 from .data import TITLES, PairError, check_pairs, pair_key
 from .embeddings import embed_texts, normalize, pair_vectors
-from .files import atomic_dir, content_hash
+from .files import atomic_dir, content_hash, sha256
 from .models import model_fingerprint
 from .splits import contract_groups
 
@@ -162,8 +161,6 @@ def search(
     return similar[0], distances[0]
 
 # %% ../nbs/11_rag.ipynb #d3837ab5
-def _sha256(path: Path) -> str: return hashlib.sha256(path.read_bytes()).hexdigest()
-
 @patch
 def save(self: SemanticRAG, folder: str|Path) -> Path:
     "Write the index as a folder, whole or not at all; an index that is there is replaced, anything else is not"
@@ -175,7 +172,7 @@ def save(self: SemanticRAG, folder: str|Path) -> Path:
     with atomic_dir(folder) as tmp:
         faiss.write_index(self.index, str(tmp/'index.faiss'))
         (tmp/'metadata.json').write_text(json.dumps(self.metadata, ensure_ascii=False, indent=0), encoding='utf-8')
-        files = {name: _sha256(tmp/name) for name in ('index.faiss', 'metadata.json')}
+        files = {name: sha256(tmp/name) for name in ('index.faiss', 'metadata.json')}
         manifest = dict(rows=len(self), dimensions=self.index.d, distance='squared L2',
                         fingerprint=self.fingerprint, files=files)
         (tmp/'manifest.json').write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding='utf-8')
@@ -195,7 +192,7 @@ def _check_files(folder: Path, expect: dict) -> dict:  # its manifest
     if other: raise ValueError(f'the index in {folder} was made from other data: {"; ".join(other)}. Build it again')
     for name, sha in files.items():
         if not (folder/name).exists(): raise ValueError(f'{folder/name} is missing: build the index again')
-        if _sha256(folder/name) != sha: raise ValueError(f'{folder/name} is damaged (SHA-256): build the index again')
+        if sha256(folder/name) != sha: raise ValueError(f'{folder/name} is damaged (SHA-256): build the index again')
     return manifest
 
 @patch
@@ -365,3 +362,15 @@ def training_neighbours(
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', r'only \d+ of \d+ neighbours')     # hiding leaves fewer
         return self.rag.search_many(self.vectors(rows), k, exclude)
+
+# %% ../nbs/11_rag.ipynb #ddd9c59c
+def neighbour_table(
+    rows: pd.DataFrame,       # pairs with titles and target
+    near: list[list[dict]],   # their similar pairs, as from `PairRetriever.neighbours`
+    target: str
+) -> pd.DataFrame:            # a line for each similar pair
+    "Pairs beside their similar pairs, with the correlations"
+    lines = [dict(pair=f'{r.contract_a_title} | {r.contract_b_title}', correlation=getattr(r, target),
+                  neighbour=f'{n["contract_a_title"]} | {n["contract_b_title"]}', known=n['value'])
+             for r, similar in zip(rows.itertuples(), near) for n in similar]
+    return pd.DataFrame(lines).set_index('pair').round(2)
