@@ -7,7 +7,7 @@ tested = [f for f in nbglob(root/'nbs', as_path=True) if not (f.parent/'.notest'
 notebooks = sorted(f.relative_to(root).as_posix() for f in tested)
 
 
-@pytest.mark.parametrize('notebook', reversed(notebooks))  # the later ones use the earlier ones and take longer
+@pytest.mark.parametrize('notebook', notebooks[::-1])  # the later ones use the earlier ones and take longer
 @pytest.mark.seconds(15)
 def test_notebook(notebook):
     "All cells of a notebook run"

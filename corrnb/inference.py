@@ -150,7 +150,7 @@ def neighbours(self: CorrelationPredictor, rows: pd.DataFrame, k: int) -> tuple[
     return self.retriever.neighbours(rows, min(k, len(self.retriever.rag)))
 
 @patch
-def _prompts(self: CorrelationPredictor, titles: list[tuple], near: list[list[dict]]) -> list[str]:
+def prompts(self: CorrelationPredictor, titles: list[tuple], near: list[list[dict]]) -> list[str]:
     "Prompts of the pairs: all in the order given and then all in the other, or each in alphabetical order"
     turned = [[{**n, 'swapped': not n['swapped']} for n in ns] for ns in near]
     straight = [make_prompt(a, b, ns, self.nearest_last) for (a, b), ns in zip(titles, near)]
@@ -167,7 +167,7 @@ def model_distribution(
 ) -> AnswerDistribution:  # (rows, n_values)
     "The language model's own forecast"
     titles = list(zip(rows.contract_a_title, rows.contract_b_title))
-    prompts = self._prompts(titles, [ns[:self.k] for ns in near])
+    prompts = self.prompts(titles, [ns[:self.k] for ns in near])
     dist = self.grid.distribution(self.model, prompts, batch_tokens=self.batch_tokens, progress=progress)
     if not self.both_orders or not titles: return dist
     log_probs = torch.stack(dist.log_probs.split(len(titles))).logsumexp(0) - math.log(2)

@@ -121,8 +121,8 @@ def copy_notebooks(
     for name in STAGES: set_parameters(to/f'{name}.ipynb', config)
     return to
 
-# %% ../nbs/24_notebooks.ipynb #7228fc63
-_NO_CODE = ('config', 'parameters', 'plots')  # rooms whose code does not change what a stage computes
+# %% ../nbs/24_notebooks.ipynb #efd94dc0
+_NO_CODE = ('config', 'parameters')  # rooms whose code does not change what a stage computes
 
 def _plain(source: str) -> tuple[ast.Module, str]:
     "Code without comments and docstrings, as a tree and as text"
@@ -147,7 +147,11 @@ def _imports(tree: ast.AST) -> list[tuple[str, str, str]]:
     ours = [(n, n.module.removeprefix('corrnb.')) for n in nodes if n.level or n.module.startswith('corrnb.')]
     return [(room, a.name, a.asname or a.name) for n, room in ours for a in n.names]
 
-def _names(tree: ast.AST) -> set[str]: return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+def _names(tree: ast.AST) -> set[str]:
+    "Names of the module that code uses: those that it neither sets nor takes as an argument"
+    names, arguments = ([n for n in ast.walk(tree) if isinstance(n, kind)] for kind in (ast.Name, ast.arg))
+    own = {n.id for n in names if isinstance(n.ctx, ast.Store)} | {a.arg for a in arguments}
+    return {n.id for n in names} - own
 
 def _stage_functions(tree: ast.Module, wanted: set[str]) -> list[ast.stmt]:
     "The top-level statements that the wanted names are defined by, and those that these use"
@@ -162,18 +166,16 @@ def _stage_functions(tree: ast.Module, wanted: set[str]) -> list[ast.stmt]:
     return [node for node in tree.body if node in found.values()]
 
 def reached_code(
-    source: str,               # Python code that imports from the library
+    source: str,               # Python code that imports from `stages`
     package: Path|None = None  # folder of the modules; None: the library's
 ) -> dict[str, str]:           # code that counts, by room
-    "The library's code that a piece of code reaches: whole rooms, but of `stages` only the functions that are used"
+    "The library's code that a piece of code reaches through `stages`: functions of that, and whole rooms"
     code = _rooms(package or Path(corrnb.__file__).parent)
-    own, found = _imports(ast.parse(source)), {}
-    if called := {name for room, name, _ in own if room == 'stages'}:
-        nodes = _stage_functions(code['stages'][0], called)
-        used = set().union(*map(_names, nodes))
-        found['stages'] = '\n'.join(map(ast.unparse, nodes))
-        own += [i for i in _imports(code['stages'][0]) if i[2] in used]
-    rooms = {room for room, _, _ in own}
+    called = {name for room, name, _ in _imports(ast.parse(source)) if room == 'stages'}
+    nodes = _stage_functions(code['stages'][0], called)
+    used = set().union(*map(_names, nodes))
+    rooms = {room for room, _, name in _imports(code['stages'][0]) if name in used}
+    found = {'stages': '\n'.join(map(ast.unparse, nodes))}
     while new := [r for r in sorted(rooms) if r in code and r not in found and r not in _NO_CODE]:
         for room in new: rooms |= {r for r, _, _ in _imports(code[room][0])}
         found |= {room: code[room][1] for room in new}

@@ -6,13 +6,14 @@
 __all__ = ['PARTS', 'prepare', 'read_sides', 'build_index', 'tracking', 'training_cost', 'Trained', 'train', 'Forecasts',
            'forecast', 'Evaluated', 'evaluate']
 
-# %% ../nbs/23_stages.ipynb #f37bfd9f
+# %% ../nbs/23_stages.ipynb #233227fc
 import json
 import os
 import resource
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -88,15 +89,15 @@ def build_index(
     retriever.save(run/'index')
     return retriever
 
-# %% ../nbs/23_stages.ipynb #25fe3c83
+# %% ../nbs/23_stages.ipynb #c49720bf
 def tracking(
-    report_to: list[str],  # tensorboard, mlflow
-    run: Path              # run folder, which holds the logs
-) -> dict:                 # further arguments of `make_trainer`
+    report_to: Sequence[str],  # tensorboard, mlflow
+    run: Path                  # run folder, which holds the logs
+) -> dict:                     # further arguments of `make_trainer`
     "Let the Trainer report; MLflow writes into the run folder unless MLFLOW_TRACKING_URI names a server"
     if 'tensorboard' in report_to: os.environ['TENSORBOARD_LOGGING_DIR'] = str(run/'tensorboard')
     if 'mlflow' in report_to: os.environ.setdefault('MLFLOW_TRACKING_URI', f'sqlite:///{run/"mlflow.sqlite"}')
-    return dict(report_to=report_to or 'none', run_name=run.name)
+    return dict(report_to=[*report_to] or 'none', run_name=run.name)
 
 def training_cost(
     log: list[dict]   # `trainer.state.log_history`
@@ -187,7 +188,7 @@ def _save_training(config, run, done: Trained, train_rows, made_from):
     atomic_write(run/'model'/'fitted.parquet', fitted.to_parquet())
     shutil.rmtree(run/'checkpoints', ignore_errors=True)
 
-# %% ../nbs/23_stages.ipynb #6db53a31
+# %% ../nbs/23_stages.ipynb #e6700194
 @dataclass
 class Forecasts:
     "What every method predicts for the held-out rows"
@@ -213,7 +214,7 @@ def _comparisons(config, run, predictor, rows) -> tuple[dict, str]:
     kept = pd.read_parquet(path).loc[rows.id] if path.exists() and same_prompts else pd.DataFrame()
     found = {name: AnswerDistribution(predictor.grid.values, torch.tensor(np.stack(kept[name]))) for name in kept}
     weight = json.loads((run/'model'/'corrnb.json').read_text())['config']['regression_loss_weight']
-    lacking = [name for name in chosen_comparisons(COMPARISONS, weight) if name not in found]
+    lacking = [name for name in chosen_comparisons([*COMPARISONS], weight) if name not in found]
     why = f"not trained (comparisons={','.join(lacking)} trains them)"
     if not same_prompts: why = 'left out, since they were shown similar pairs'
     return found, f"{', '.join(lacking).replace('_', ' ')}: {why}" if lacking else ''
