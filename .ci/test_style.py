@@ -86,9 +86,12 @@ def test_types():
     call(sys.executable, '-m', 'mypy', *(modules[name] for name in typed if name in modules))
 
 def test_columns():
-    "No line of the library has more than 120 columns, strings included"
-    none([f'{name}.py:{i}: {len(line)} columns' for name, p in modules.items()
-          for i, line in enumerate(p.read_text().splitlines(), 1) if len(line) > 120])
+    "No line of the library has more than 120 columns, strings included; nbdev writes `__all__`"
+    for name, p in modules.items():
+        text = p.read_text()
+        made = next(n for n in ast.parse(text).body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == '__all__')
+        none([f'{name}.py:{i}: {len(line)} columns' for i, line in enumerate(text.splitlines(), 1)
+              if len(line) > 120 and not made.lineno <= i <= made.end_lineno])
 
 def test_functions_are_short():
     "No function of the library has more than 40 lines"

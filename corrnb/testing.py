@@ -129,7 +129,9 @@ _TOYS = {
     'train': ('rag_top_k: int = 5\nlearning_rate: float = 2e-4\nseed: int = 0',
               'if seed == 13: raise ValueError("row 7: |rho| > 1")\n(run/"model").mkdir(exist_ok=True)'),
     'evaluate': ('rag_top_k: int = 5\nuse_rag: bool = True\nsamples: int = 0', """
-metrics = '{"test": {"model": {"n": 9, "mae": 0.12, "r2": 0.6}, "knn": {"n": 9, "mae": 0.15, "r2": 0.5}}, "best_baseline": "knn"}'
+import json
+test = {"model": {"n": 9, "mae": 0.12, "r2": 0.6}, "knn": {"n": 9, "mae": 0.15, "r2": 0.5}}
+metrics = json.dumps(dict(test=test, best_baseline="knn"))
 print("evaluating", samples or "all", "rows")
 (run/"metrics.json").write_text(metrics)
 (run/"metrics.txt").write_text(f"MAE 0.12 ({use_rag=} {samples=})")"""),
