@@ -46,7 +46,7 @@ class _Settable(TyperCommand):
         lines = parameters_cell(PARAMETERS, RunConfig()).split('\n')[1:]
         formatter.write('\n'.join(['\nParameters (-p), with their defaults:', *(f'  {line}' for line in lines), '']))
 
-# %% ../nbs/28_cli.ipynb #b6a2c37a
+# %% ../nbs/28_cli.ipynb #b542ea4d
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 def _option(kind, metavar: str|None, help: str): return Annotated[kind|None, typer.Option(metavar=metavar, help=help)]
@@ -65,9 +65,9 @@ Verbose = _flag('--verbose', 'show what the notebooks print, and where an error 
 Notebooks = _option(str, 'DIR', 'where edited stage notebooks are, as from `corrnb notebooks`')
 Model = _option(str, 'DIR', 'run folder or its model folder (default: the newest run)')
 
-@app.command('run', cls=_Settable, help='prepare the pairs, build the index, train and evaluate')
-@app.command('index', cls=_Settable, help='only as far as the index')
 @app.command('train', cls=_Settable, help='only as far as the trained model')
+@app.command('index', cls=_Settable, help='only as far as the index')
+@app.command('run', cls=_Settable, help='prepare the pairs, build the index, train and evaluate')
 def _run(
     ctx: typer.Context, profile: Profile = 'quick', p: Parameter = [], pairs: Pairs = None, target: Target = None,
     contracts: Contracts = None, name: Name = None, fresh: Fresh = False, runs_dir: Runs = 'runs',
@@ -85,7 +85,7 @@ def _sweep(
     workers: Annotated[int, typer.Option(metavar='N', help='runs at a time; more than one with Ray')] = 1,
     verbose: Verbose = False, notebooks: Notebooks = None
 ):
-    "train and evaluate every combination of values, such as -p seed 1,2,3, and compare"
+    "train and evaluate every combination, as of -p seed 1,2,3"
     from corrnb.sweeps import run_sweep
     given = _given(p, pairs=pairs, contracts=contracts, target=target)
     run_sweep(profile, given, name, runs_dir, fresh, verbose, workers, notebooks)
@@ -105,7 +105,7 @@ def _compare(
     sweep: Annotated[str|None, typer.Argument(metavar='DIR', help='folder or name (default: the newest)')] = None,
     runs_dir: Runs = 'runs', verbose: Verbose = False, notebooks: Notebooks = None
 ):
-    "compare the runs of a sweep again, also of one that is still running"
+    "compare the finished runs of a sweep again"
     from corrnb.sweeps import compare_sweep, find_sweep
     compare_sweep(find_sweep(sweep, runs_dir), verbose, notebooks)
 
@@ -129,7 +129,7 @@ def _notebooks(
     folder: Annotated[str, typer.Argument(metavar='DIR', help='folder to make')], profile: Profile = 'quick',
     verbose: Verbose = False
 ):
-    "copy the stage notebooks, to be edited, with the values of a profile in their parameters cells"
+    "copy the stage notebooks, with a profile's values, to edit"
     from corrnb.notebooks import copy_notebooks
     print(f'Stage notebooks and profiles are in {copy_notebooks(folder, profile)}; run them with --notebooks {folder}')
 
@@ -150,7 +150,7 @@ def _label(
     bounds: _option(tuple[float, float], 'X X', 'lowest and highest possible price, such as 0 1 (default: any)') = None,
     verbose: Verbose = False
 ):
-    "measure how strongly contracts move together, from their prices"
+    "measure from prices how strongly contracts move together"
     from corrnb.labels import make_labels  # loads pandas and SQLAlchemy
     given = {n: v for n, v in ctx.params.items() if v is not None and n != 'verbose'}
     make_labels(**{n: None if str(v).lower() == 'none' else v for n, v in given.items()})

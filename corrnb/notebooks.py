@@ -49,7 +49,7 @@ def stage_folder(
     installed = package/'stage_notebooks'
     return installed if installed.is_dir() else package.parent/'nbs'/'pipeline'
 
-# %% ../nbs/24_notebooks.ipynb #b0babb64
+# %% ../nbs/24_notebooks.ipynb #d5d2ff92
 def _code_cells(notebook: Path) -> list[dict]:
     cells = json.loads(Path(notebook).read_text('utf-8'))['cells']
     return [c | dict(source=''.join(c['source'])) for c in cells if c['cell_type'] == 'code']
@@ -60,17 +60,14 @@ def read_parameters(
     notebook: str|Path  # a notebook with a cell tagged `parameters`
 ) -> list[str]:         # their names, without `run_dir`; PipelineError where it lacks that, or has what cannot be set
     "Parameters that a stage notebook takes"
-    import papermill  # takes seconds to import
-    found = papermill.inspect_notebook(str(notebook))
     source = next((c['source'] for c in _code_cells(Path(notebook)) if _is_parameters(c)), '')
-    lines = [ast.get_source_segment(source, node) or '' for node in ast.parse(source).body]
-    if lost := [line for line in lines if re.split(r'\W', line)[0] not in found]:
-        raise PipelineError(f'{notebook}: papermill cannot read `{lost[0]}`; write one `name: type = value  # comment` '
-                            'a line, with no other equals sign, not even in the comment')
-    if found.pop('run_dir', None) is None: raise PipelineError(f'{notebook}: its parameters cell needs `run_dir: str`')
-    if unknown := [name for name in found if name not in PARAMETERS]:
+    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    names = [n.id for n in nodes]
+    if 'run_dir' not in names: raise PipelineError(f'{notebook}: its parameters cell needs `run_dir: str`')
+    names.remove('run_dir')
+    if unknown := [name for name in names if name not in PARAMETERS]:
         raise PipelineError(f'{notebook}: {unknown[0]} is no parameter of corrnb; set it in a cell of its own')
-    return list(found)
+    return names
 
 # %% ../nbs/24_notebooks.ipynb #4ff9230a
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ def copy_notebooks(
     for name in STAGES: set_parameters(to/f'{name}.ipynb', config)
     return to
 
-# %% ../nbs/24_notebooks.ipynb #efd94dc0
+# %% ../nbs/24_notebooks.ipynb #cbb8def0
 _NO_CODE = ('config', 'parameters')  # rooms whose code does not change what a stage computes
 
 def _plain(source: str) -> tuple[ast.Module, str]:
@@ -129,7 +126,7 @@ def _plain(source: str) -> tuple[ast.Module, str]:
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if not isinstance(body := getattr(node, 'body', None), list) or not body: continue
-        if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant): node.body = body[1:] or [ast.Pass()]
+        if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant): body[:] = body[1:] or [ast.Pass()]
     return tree, ast.unparse(tree)
 
 @cache

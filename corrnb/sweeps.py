@@ -7,11 +7,12 @@ __all__ = ['SWEEP', 'SEEDS', 'TRAINED_METHODS', 'FIGURES', 'sweep_values', 'Comb
            'run_combination', 'is_done', 'run_sweep', 'sweep_results', 'summarize_sweep', 'format_sweep', 'plot_sweep',
            'Comparison', 'compare', 'find_sweep', 'compare_sweep']
 
-# %% ../nbs/26_sweeps.ipynb #6f427e03
+# %% ../nbs/26_sweeps.ipynb #591d2560
 import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -146,14 +147,15 @@ def _prepare_bases(runs: list[Combination], sweep: Sweep):
             write_params(own, inputs)
             for stage in sweep.stages[:2]: run_stage(stage, inputs, own, verbose=sweep.verbose)
 
-# %% ../nbs/26_sweeps.ipynb #f99cd1f5
+# %% ../nbs/26_sweeps.ipynb #7eeca8f1
 def _run_all(runs: list[Combination], todo: list[Combination], sweep: Sweep, workers: int) -> dict[str, str]:
     "Run combinations under one bar; what went wrong, by name"
     engine = _with_ray(todo, sweep, workers) if workers > 1 else ((run, run_combination(run, sweep)) for run in todo)
-    failed, before, console = {}, len(runs) - len(todo), Console(stderr=True)
+    failed, before, live = {}, len(runs) - len(todo), sys.stderr.isatty()
+    console = Console(stderr=True, force_jupyter=False, force_terminal=live)
     columns = TextColumn('sweep'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True)
     if before: console.print(f'{before}/{len(runs)} done before', highlight=False)
-    with Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=1e9) as bar:
+    with Progress(*columns, console=console, disable=not live, speed_estimate_period=1e9) as bar:
         task = bar.add_task('', total=len(runs), completed=before)
         bar.advance(task, 0)    # from here on time counts
         for i, (run, error) in enumerate(engine):
