@@ -287,10 +287,13 @@ class PairRetriever:
         self.rag, self.model, self.tokenizer = rag, model, tokenizer
         self.center, self.layers, self.cache_dir = center, list(layers), cache_dir
 
+    def embed(self, titles: list[str], layer: int) -> np.ndarray:  # (n, hidden)
+        "Mean hidden state of each title after a layer"
+        return embed_texts(self.model, self.tokenizer, list(titles), layer, cache_dir=self.cache_dir)
+
     def _pooled(self, titles: list[str]) -> np.ndarray:    # (n_layers, n, hidden)
         "Mean hidden states of each title"
-        return np.stack([embed_texts(self.model, self.tokenizer, titles, layer, cache_dir=self.cache_dir)
-                         for layer in self.layers])
+        return np.stack([self.embed(titles, layer) for layer in self.layers])
 
     def vectors(self, pairs: pd.DataFrame) -> np.ndarray:  # (n, 2 x hidden)
         "Unit vectors of both contracts of each pair: sum of the layers' centred unit vectors, brought to unit length"
