@@ -11,7 +11,7 @@ from project import bin, call, pages, root
 modules = {p.stem: p for p in sorted((root/'corrnb').glob('*.py')) if not p.name.startswith('_')}
 numbers = {p.stem[3:]: int(p.stem[:2]) for p in (root/'nbs').glob('[0-9][0-9]_*.ipynb')}
 typed = ['files', 'splits', 'parameters', 'manifests', 'batches', 'comparisons', 'baselines', 'intervals', 'plots',
-         'stages', 'notebooks', 'testing']
+         'stages', 'notebooks', 'testing', 'relations']
 
 
 def code_cells(notebook):

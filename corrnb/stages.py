@@ -149,8 +149,8 @@ def warn_of_seen(
     "Warn where training has seen the contracts of many more validation rows than of test rows"
     of_val, of_test = ((rows.novelty == 'seen').mean() for rows in (val, test))
     if of_val > of_test + 0.2:
-        print(f'Training has seen both contracts of {of_val:.0%} of the validation rows, but of {of_test:.0%} of the test '
-              'rows. Validation rows weigh the forecasts: they favour what is good on seen contracts. Better split both alike.')
+        print(f'Training has seen both contracts of {of_val:.0%} of the validation rows, but of {of_test:.0%} of the '
+              'test rows. Validation rows weigh the forecasts: they favour what is good on seen contracts.')
 
 def _fit_mixture(config, predictor, val, known) -> tuple[Mixture, dict[str, float]]:
     "How the forecasts are mixed, and the CRPS of validation rows"
