@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_TEXT', 'SIDES', 'TITLES', 'NAME', 'TEXT', 'JSON', 'NUMBER', 'TIMESTAMP', 'INTEGER', 'BOOLEAN', 'BLOCK',
            'clean_text', 'text_key', 'pair_key', 'map_unique', 'add_pair_keys', 'PairError', 'Kind', 'column_kinds',
-           'read_column', 'check_rows', 'check_pairs', 'check_table', 'read_file', 'read_pairs', 'import_file',
-           'to_datasets']
+           'read_column', 'check_rows', 'check_pairs', 'check_table', 'read_file', 'read_pairs', 'import_file']
 
 # %% ../nbs/03_data.ipynb #93c63e09
 import csv
@@ -356,10 +355,3 @@ def import_file(
     engine = engine or schema.make_engine()
     schema.create_tables(engine)
     return schema.write_frame(engine, table, frame)
-
-# %% ../nbs/03_data.ipynb #72617184
-def to_datasets(pairs: pd.DataFrame):  # datasets.DatasetDict: 'train', 'val', 'test' with the same columns
-    "The sides of split pairs as Hugging Face datasets"
-    from datasets import Dataset, DatasetDict  # seconds to import, and only this needs it
-    whole = Dataset.from_pandas(pairs, preserve_index=False)
-    return DatasetDict({side: whole.select(np.flatnonzero(pairs.split == side)) for side in SIDES})

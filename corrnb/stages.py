@@ -196,10 +196,11 @@ def train(
     _save_training(config, run, done, train_rows, made_from)
     save_gp(gp, run/'model'/'gp')
     atomic_write(run/'comparisons.parquet', compared.to_parquet())
+    shutil.rmtree(run/'checkpoints', ignore_errors=True)   # last: until then a killed stage goes on from them
     return done
 
 def _save_training(config, run, done: Trained, train_rows, made_from):
-    "Write the model folder, log and cost; checkpoints go"
+    "Write the model folder, log and cost"
     settings = asdict(done.rows.config) | dict(output_dir='model')
     facts = made_from | dict(use_4bit=config.use_4bit, rag_top_k=config.rag_top_k, nearest_last=config.nearest_last)
     trainer = done.trainer
@@ -208,7 +209,6 @@ def _save_training(config, run, done: Trained, train_rows, made_from):
     atomic_write(run/'training_cost.json', json.dumps(done.cost, indent=1))
     fitted = train_rows.assign(prediction=trainer.fitted)[['id', 'prediction']]
     atomic_write(run/'model'/'fitted.parquet', fitted.to_parquet())
-    shutil.rmtree(run/'checkpoints', ignore_errors=True)
 
 # %% ../nbs/25_stages.ipynb #e6700194
 @dataclass
@@ -255,7 +255,7 @@ def forecast(
     "Predict the held-out rows by every method"
     pairs = limit_pairs(pd.read_parquet(require('prepare', run/'pairs.parquet')), 0, config.samples)
     train, rows = (pairs[i].reset_index(drop=True) for i in (pairs.split == 'train', pairs.split != 'train'))
-    require('train', run/'model')
+    require('train', run/'model'/'gp')   # an older run has none
     predictor = CorrelationPredictor.from_run(run, target=config.target, batch_tokens=config.eval_batch_tokens,
                                               both_orders=config.both_orders)
     retriever = predictor.retriever
