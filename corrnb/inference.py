@@ -166,7 +166,7 @@ class CorrelationPredictor:
 def neighbours(self: CorrelationPredictor, rows: pd.DataFrame, k: int) -> tuple[list[list[dict]], list]:
     "At most `k` similar pairs of each row, nearest first, and their squared distances; none without a retriever"
     if self.retriever is None or not k or not len(rows): return [[]]*len(rows), [[]]*len(rows)
-    return self.retriever.neighbours(rows, min(k, len(self.retriever.rag)))
+    return self.retriever.neighbours(rows, min(k, len(self.retriever)))
 
 @patch
 def prompts(self: CorrelationPredictor, titles: list[tuple], near: list[list[dict]]) -> list[str]:
