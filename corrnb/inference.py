@@ -24,6 +24,7 @@ from peft import PeftModel
 from .answers import AnswerDistribution, AnswerGrid, figure_png
 from .config import Settings
 from .data import TITLES, check_pairs, text_key
+from .embeddings import FrozenBlocks, n_frozen
 from .gp import PairGP, load_gp
 from .manifests import check_manifest
 from .models import encode, load_model, load_tokenizer
@@ -178,16 +179,23 @@ def prompts(self: CorrelationPredictor, titles: list[tuple], near: list[list[dic
     return [s if text_key(a) <= text_key(b) else r for (a, b), s, r in zip(titles, straight, reverse)]
 
 @patch
+def shared_blocks(self: CorrelationPredictor) -> FrozenBlocks|None:
+    "The blocks below the adapter, which run once for a prompt asked with it and without; None: there are none"
+    n = n_frozen(self.model)
+    return FrozenBlocks(self.model, n) if n else None
+
+@patch
 def model_distribution(
     self: CorrelationPredictor,
     rows: pd.DataFrame,      # with contract_a_title and contract_b_title; nothing else of them is looked at
     near: list[list[dict]],  # similar pairs of each row; the first `k` are shown
-    progress: bool=False     # show a bar
+    progress: bool=False,    # show a bar
+    frozen: FrozenBlocks|None=None   # of `shared_blocks`, where the model is also asked without its adapter
 ) -> AnswerDistribution:  # (rows, n_values)
     "The language model's own forecast"
     titles = list(zip(rows.contract_a_title, rows.contract_b_title))
     prompts = self.prompts(titles, [ns[:self.k] for ns in near])
-    dist = self.grid.distribution(self.model, prompts, batch_tokens=self.batch_tokens, progress=progress)
+    dist = self.grid.distribution(self.model, prompts, batch_tokens=self.batch_tokens, progress=progress, frozen=frozen)
     if not self.both_orders or not titles: return dist
     log_probs = torch.stack(dist.log_probs.split(len(titles))).logsumexp(0) - math.log(2)
     return AnswerDistribution(self.grid.values, log_probs)

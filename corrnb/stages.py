@@ -241,9 +241,9 @@ def _comparisons(config, run, predictor, rows) -> tuple[dict, str]:
     if not same_prompts: why = 'left out, since they were shown similar pairs'
     return found, f"{', '.join(lacking).replace('_', ' ')}: {why}" if lacking else ''
 
-def _untuned(predictor, rows, near, tuned: AnswerDistribution) -> AnswerDistribution:
+def _untuned(predictor, rows, near, tuned: AnswerDistribution, frozen) -> AnswerDistribution:
     "Forecasts without the adapter"
-    with predictor.model.disable_adapter(): found = predictor.model_distribution(rows, near, progress=True)
+    with predictor.model.disable_adapter(): found = predictor.model_distribution(rows, near, True, frozen)
     if torch.equal(found.log_probs, tuned.log_probs):
         print('the adapter changes nothing: the checkpoint that was kept is from before the first update')
     return found
@@ -263,13 +263,14 @@ def forecast(
     clock = [time.perf_counter()]
     near, distances = predictor.neighbours(rows, MIXTURE_NEIGHBOURS)
     clock.append(time.perf_counter())
-    alone = predictor.model_distribution(rows, near, progress=True)
+    frozen = predictor.shared_blocks() if config.untuned else None
+    alone = predictor.model_distribution(rows, near, True, frozen)
     clock.append(time.perf_counter())
     found = neighbour_arrays(*retriever.neighbours(rows, max(predictor.k, 1)))
     points = baseline_predictions(train, rows, config.target, neighbours=found, train_vectors=retriever.vectors(train),
                                   row_vectors=retriever.vectors(rows))
     compared, lacking = _comparisons(config, run, predictor, rows)
-    forecasts = {'untuned_model': _untuned(predictor, rows, near, alone)} if config.untuned else {}
+    forecasts = {'untuned_model': _untuned(predictor, rows, near, alone, frozen)} if config.untuned else {}
     forecasts |= compared | {'language_model': alone}
     mixture, arrays = predictor.mixture if config.use_rag else None, neighbour_arrays(near, distances)
     gp = predictor.gp.distribution(rows)
