@@ -31,7 +31,7 @@ from .demo import DEMO_VERSION, simulate_market, write_demo
 from .evaluation import LEVELS, Evaluation, format_table, save_metrics
 from .files import atomic_write, require
 from .gp import PairGP, save_gp
-from .inference import MIXTURE_NEIGHBOURS, CorrelationPredictor, Mixture, fit_mixture
+from .inference import MIXTURE_NEIGHBOURS, Asked, CorrelationPredictor, Mixture, fit_mixture
 from .intervals import intervals_record, method_differences, split_intervals
 from .manifests import save_trained
 from .models import add_lora, load_model, load_tokenizer
@@ -191,10 +191,13 @@ def train(
     predictor = CorrelationPredictor(trainer.model, grid, retriever, config.rag_top_k, config.nearest_last, gp=gp,
                                      both_orders=config.both_orders)
     known = *neighbour_arrays(similar, distances), train_rows[target]
+    predictor.asked = Asked(trainer.model)
     mixture, crps = _fit_mixture(config, predictor, val, known)
+    if predictor.asked.frozen: predictor.model_distribution(val, found or [[]]*len(val), tuned=False)   # cheap now
     done = Trained(trainer, rows, mixture, crps, training_cost(trainer.state.log_history))
     _save_training(config, run, done, train_rows, made_from)
     save_gp(gp, run/'model'/'gp')
+    predictor.asked.save(run/'asked.parquet')
     atomic_write(run/'comparisons.parquet', compared.to_parquet())
     shutil.rmtree(run/'checkpoints', ignore_errors=True)   # last: until then a killed stage goes on from them
     return done
@@ -241,9 +244,9 @@ def _comparisons(config, run, predictor, rows) -> tuple[dict, str]:
     if not same_prompts: why = 'left out, since they were shown similar pairs'
     return found, f"{', '.join(lacking).replace('_', ' ')}: {why}" if lacking else ''
 
-def _untuned(predictor, rows, near, tuned: AnswerDistribution, frozen) -> AnswerDistribution:
+def _untuned(predictor, rows, near, tuned: AnswerDistribution) -> AnswerDistribution:
     "Forecasts without the adapter"
-    with predictor.model.disable_adapter(): found = predictor.model_distribution(rows, near, True, frozen)
+    found = predictor.model_distribution(rows, near, progress=True, tuned=False)
     if torch.equal(found.log_probs, tuned.log_probs):
         print('the adapter changes nothing: the checkpoint that was kept is from before the first update')
     return found
@@ -258,19 +261,19 @@ def forecast(
     require('train', run/'model'/'gp')   # an older run has none
     predictor = CorrelationPredictor.from_run(run, target=config.target, batch_tokens=config.eval_batch_tokens,
                                               both_orders=config.both_orders)
-    retriever = predictor.retriever
+    retriever, predictor.asked = predictor.retriever, Asked(predictor.model, run/'asked.parquet')
+    known = len(predictor.asked.known[True])
     if not config.use_rag: predictor.retriever = None
     clock = [time.perf_counter()]
     near, distances = predictor.neighbours(rows, MIXTURE_NEIGHBOURS)
     clock.append(time.perf_counter())
-    frozen = predictor.shared_blocks() if config.untuned else None
-    alone = predictor.model_distribution(rows, near, True, frozen)
+    alone = predictor.model_distribution(rows, near, progress=True)
     clock.append(time.perf_counter())
     found = neighbour_arrays(*retriever.neighbours(rows, max(predictor.k, 1)))
     points = baseline_predictions(train, rows, config.target, neighbours=found, train_vectors=retriever.vectors(train),
                                   row_vectors=retriever.vectors(rows))
     compared, lacking = _comparisons(config, run, predictor, rows)
-    forecasts = {'untuned_model': _untuned(predictor, rows, near, alone, frozen)} if config.untuned else {}
+    forecasts = {'untuned_model': _untuned(predictor, rows, near, alone)} if config.untuned else {}
     forecasts |= compared | {'language_model': alone}
     mixture, arrays = predictor.mixture if config.use_rag else None, neighbour_arrays(near, distances)
     gp = predictor.gp.distribution(rows)
@@ -278,7 +281,7 @@ def forecast(
     if mixture: forecasts['neighbours'] = replace(mixture, model_weight=0, gp_weight=0)(alone, *arrays)
     forecasts['model'] = mixture(alone, *arrays, gp) if mixture else alone
     for name, d in forecasts.items(): points[name] = d.mean.numpy()
-    retrieval, asking = np.diff(clock)/len(rows)
+    retrieval, asking = np.diff(clock)/(len(rows), max(1, len(predictor.asked.known[True]) - known))
     seconds = points.attrs.pop('seconds_per_query') | dict(neighbours=retrieval, language_model=retrieval + asking,
                                                            model=retrieval + asking)
     seconds['knn'] += retrieval
