@@ -10,6 +10,7 @@ __all__ = ['MIXTURE_NEIGHBOURS', 'SHRINKAGE', 'Prediction', 'Mixture', 'fit_neig
 import html
 import json
 import math
+import reprlib
 from base64 import b64encode
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,16 +24,29 @@ import torch
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from peft import PeftModel
+from transformers import StoppingCriteria
 
 from .answers import AnswerDistribution, AnswerGrid, figure_png
 from .config import Settings
-from .data import TITLES, check_pairs, text_key
+from .data import TITLES, PairError, add_pair_keys, check_pairs, text_key
 from .embeddings import FrozenBlocks, n_frozen
 from .files import atomic_write, content_hash
 from .gp import PairGP, load_gp
 from .manifests import check_manifest
 from .models import encode, load_model, load_tokenizer, model_fingerprint
-from .prompts import ANSWER_PREFIX, Answer, correlation_type, format_correlation, make_prompt
+from corrnb.prompts import (
+    ANSWER_PREFIX,
+    DETAILS,
+    Answer,
+    ContractTexts,
+    correlation_type,
+    details_of,
+    drop_far,
+    format_correlation,
+    make_prompt,
+    read_string,
+    string_ends,
+)
 from .rag import PairRetriever, neighbour_arrays, neighbour_distribution
 from .relations import Relation, relation
 
@@ -187,10 +201,12 @@ class CorrelationPredictor:
         mixture: Mixture|None=None,          # of the forecasts; None: the model's alone
         gp: PairGP|None=None,                # fitted to the pairs of the index
         batch_tokens: int=4096,              # most tokens of a forward pass
-        both_orders: bool=True               # average (A, B) and (B, A); False: only in alphabetical order, faster
+        both_orders: bool=True,              # average (A, B) and (B, A); False: only in alphabetical order, faster
+        texts: ContractTexts=ContractTexts()  # what is read of a contract
     ):
         self.model, self.grid, self.retriever, self.mixture, self.gp = model.eval(), grid, retriever, mixture, gp
         self.k, self.nearest_last, self.batch_tokens, self.both_orders = k, nearest_last, batch_tokens, both_orders
+        self.texts = texts
         self.asked = None   # an `Asked`: what it is asked is remembered
 
 # %% ../nbs/20_inference.ipynb #1173c8d4
@@ -201,40 +217,53 @@ def neighbours(self: CorrelationPredictor, rows: pd.DataFrame, k: int) -> tuple[
     return self.retriever.neighbours(rows, min(k, len(self.retriever)))
 
 @patch
-def prompts(self: CorrelationPredictor, titles: list[tuple], near: list[list[dict]]) -> list[str]:
+def prompts(self: CorrelationPredictor, rows: pd.DataFrame, near: list[list[dict]]) -> list[str]:
     "Prompts of the pairs: all in the order given and then all in the other, or each in alphabetical order"
+    titles = list(zip(rows.contract_a_title, rows.contract_b_title))
+    details = [*map(details_of, rows.to_dict('records'))]
     turned = [[{**n, 'swapped': not n['swapped']} for n in ns] for ns in near]
-    straight = [make_prompt(a, b, ns, self.nearest_last) for (a, b), ns in zip(titles, near)]
-    reverse = [make_prompt(b, a, ns, self.nearest_last) for (a, b), ns in zip(titles, turned)]
+    straight = [make_prompt(a, b, ns, self.nearest_last, d) for (a, b), ns, d in zip(titles, near, details)]
+    reverse = [make_prompt(b, a, ns, self.nearest_last, d[::-1]) for (a, b), ns, d in zip(titles, turned, details)]
     if self.both_orders: return straight + reverse
     return [s if text_key(a) <= text_key(b) else r for (a, b), s, r in zip(titles, straight, reverse)]
 
 @patch
 def model_distribution(
     self: CorrelationPredictor,
-    rows: pd.DataFrame,      # with contract_a_title and contract_b_title; nothing else of them is looked at
+    rows: pd.DataFrame,      # with both titles, and details as from `ContractTexts`; nothing else is looked at
     near: list[list[dict]],  # similar pairs of each row; the first `k` are shown
     progress: bool=False,    # show a bar
     tuned: bool=True         # with the adapter; False: without
 ) -> AnswerDistribution:  # (rows, n_values)
     "The language model's own forecast"
-    titles = list(zip(rows.contract_a_title, rows.contract_b_title))
-    prompts = self.prompts(titles, [ns[:self.k] for ns in near])
+    grid = getattr(self.grid, 'grid', self.grid)   # a trainer can stand in for it
+    room = self.model.config.max_position_embeddings - len(grid.prefix_ids) - grid.n_nodes
+    prompts = self.prompts(rows, drop_far(rows, [ns[:self.k] for ns in near], grid.tokenizer, room))
     def ask(prompts, frozen=None):
         with nullcontext() if tuned else self.model.disable_adapter():
             options = dict(batch_tokens=self.batch_tokens, progress=progress, frozen=frozen)
             return self.grid.distribution(self.model, prompts, **options).log_probs
     log_probs = ask(prompts) if self.asked is None else self.asked(prompts, ask, tuned)
-    if self.both_orders and titles: log_probs = torch.stack(log_probs.split(len(titles))).logsumexp(0) - math.log(2)
-    return AnswerDistribution(self.grid.values, log_probs)
+    if self.both_orders and len(rows): log_probs = torch.stack(log_probs.split(len(rows))).logsumexp(0) - math.log(2)
+    return AnswerDistribution(grid.values, log_probs)
 
 
 # %% ../nbs/20_inference.ipynb #b0584934
+def _asked_rows(pairs) -> pd.DataFrame:
+    "Pairs to predict as a frame with both titles and what else may be read; `PairError` names what is no pair"
+    read = TITLES + [f'contract_{s}_{f}' for s in 'ab' for f in DETAILS]
+    if isinstance(pairs, pd.DataFrame): return pairs[[c for c in read if c in pairs]]
+    pairs = [*pairs]
+    wrong = [f'pair {i + 1} is {reprlib.repr(p)}: it should be two titles' for i, p in enumerate(pairs)
+             if isinstance(p, str) or not hasattr(p, '__len__') or len(p) != 2]
+    if wrong: raise PairError(wrong)
+    return pd.DataFrame([tuple(p) for p in pairs], columns=TITLES, dtype=object)
+
 @patch
 def predict_many(self: CorrelationPredictor, pairs, progress: bool=False) -> list[Prediction]:
     "Predict each (title, title), or each row of a frame with both; `PairError` names pairs with unusable titles"
-    rows = pairs if isinstance(pairs, pd.DataFrame) else pd.DataFrame([*pairs], columns=TITLES, dtype=object)
-    if len(rows): rows = check_pairs(rows[[c for c in TITLES if c in rows]], None)
+    rows = _asked_rows(pairs)
+    if len(rows): rows = self.texts(add_pair_keys(check_pairs(rows, None)), self.grid.tokenizer)
     mix = self.mixture if self.retriever is not None and len(rows) else None
     near, distances = self.neighbours(rows, MIXTURE_NEIGHBOURS if mix else self.k)
     dist = self.model_distribution(rows, near, progress)
@@ -252,15 +281,24 @@ def predict(self: CorrelationPredictor, title_a: str, title_b: str, explain: boo
 def _reasoning(self: CorrelationPredictor, p: Prediction) -> str:
     "Sample the reasoning field of the JSON answer behind the already fixed number, type and confidence"
     settings, tok = Settings(), self.grid.tokenizer
-    prompt = make_prompt(p.contract_a_title, p.contract_b_title, p.neighbours, self.nearest_last)
-    begun = p.answer.to_json()[:-1] + ', "reasoning": "'
-    ids = torch.tensor([encode(tok, [prompt])[0] + encode(tok, [begun], bos=False)[0]])
-    ids = ids.to(next(self.model.parameters()).device)
+    begun = encode(tok, [p.answer.to_json()[:-1] + ', "reasoning": "'], bos=False)[0]
+    room = self.model.config.max_position_embeddings - len(begun) - settings.MAX_NEW_TOKENS
+    asked = pd.DataFrame([dict(zip(TITLES, (p.contract_a_title, p.contract_b_title)))])
+    near, = drop_far(asked, [p.neighbours], tok, room)
+    prompt = make_prompt(p.contract_a_title, p.contract_b_title, near, self.nearest_last)
+    ids = torch.tensor([encode(tok, [prompt])[0] + begun], device=next(self.model.parameters()).device)
     sampling = dict(temperature=settings.TEMPERATURE) if settings.TEMPERATURE > 0 else {}
     out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=bool(sampling), **sampling,
-                              max_new_tokens=settings.MAX_NEW_TOKENS, stop_strings=['"'], tokenizer=tok,
-                              pad_token_id=tok.pad_token_id)
-    return tok.decode(out[0, ids.shape[1]:], skip_special_tokens=True).split('"')[0].strip()
+                              max_new_tokens=settings.MAX_NEW_TOKENS, pad_token_id=tok.pad_token_id,
+                              stopping_criteria=[_StringEnds(tok, ids.shape[1])])
+    return read_string(tok.decode(out[0, ids.shape[1]:], skip_special_tokens=True))
+
+class _StringEnds(StoppingCriteria):
+    "Stop behind the quotation mark that ends a JSON string, not at one inside it"
+    def __init__(self, tokenizer, start: int): self.tokenizer, self.start = tokenizer, start   # of it, in tokens
+    def __call__(self, input_ids, scores, **kwargs):
+        ends = [string_ends(self.tokenizer.decode(row[self.start:])) for row in input_ids]
+        return torch.tensor(ends, device=input_ids.device)
 
 # %% ../nbs/20_inference.ipynb #7de0c169
 def _merged(base, model_dir):
@@ -293,8 +331,8 @@ def from_folder(
     if index_dir: retriever = PairRetriever.load(index_dir, embedder, grid.tokenizer, cache)
     if retriever and process.exists(): gp = load_gp(process, retriever.embed)
     mixture = Mixture(**facts['mixture']) if facts.get('mixture') else None
-    k = facts.get('rag_top_k', Settings().RAG_TOP_K)
-    return cls(model, grid, retriever, k, facts.get('nearest_last', True), mixture, gp, **options)
+    k, texts = facts.get('rag_top_k', Settings().RAG_TOP_K), ContractTexts(**facts.get('texts', {}))
+    return cls(model, grid, retriever, k, facts.get('nearest_last', True), mixture, gp, texts=texts, **options)
 
 @patch(cls_method=True)
 def from_run(cls: CorrelationPredictor, run_dir: str|Path, device: str|None=None, **options):

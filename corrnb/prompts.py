@@ -10,7 +10,6 @@ __all__ = ['ANSWER_PREFIX', 'INSTRUCTION', 'DETAILS', 'format_correlation', 'cor
 # %% ../nbs/08_prompts.ipynb #6dcf7381
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -147,19 +146,23 @@ def details_of(row: dict) -> tuple[str, str]:  # '' where there are none
 
 # %% ../nbs/08_prompts.ipynb #3a8d1322
 def drop_far(
-    near: list[list[dict]],  # similar pairs of each row, nearest first
-    prompts: Callable,       # (position of a row, its similar pairs) to its prompts
+    rows: pd.DataFrame,      # pairs as from `ContractTexts`
+    near: list[list[dict]],  # similar pairs of each, nearest first
     tokenizer,
     longest: int             # most tokens of a prompt
 ) -> list[list[dict]]:       # ValueError where even the question is too long
-    "As many similar pairs of each row as fit; how many rows lose some is printed"
-    def fits(i, ns): return max(map(len, encode(tokenizer, prompts(i, ns)))) <= longest
+    "As many similar pairs of each row as fit, in either order; how many rows lose some is printed"
     found = []
-    for i, ns in enumerate(near):
-        while ns and not fits(i, ns): ns = ns[:-1]
-        if not ns and not fits(i, ns):
-            raise ValueError(f'row {i} is longer than {longest} tokens, which is all that the model reads: '
-                             'fewer title_tokens or description_tokens cut it')
+    for row, ns in zip(rows.to_dict('records'), near):
+        a, b, details = row['contract_a_title'], row['contract_b_title'], details_of(row)
+        def size(ns):
+            turned = [{**n, 'swapped': not n.get('swapped')} for n in ns]
+            orders = make_prompt(a, b, ns, details=details), make_prompt(b, a, turned, details=details[::-1])
+            return max(map(len, encode(tokenizer, orders)))
+        while ns and size(ns) > longest: ns = ns[:-1]
+        if not ns and size(ns) > longest:
+            raise ValueError(f'{a[:60]!r} and {b[:60]!r} make a prompt of {size(ns)} tokens, the model has room for '
+                             f'{longest}: lower title_tokens or description_tokens')
         found.append(ns)
     lost = sum(len(a) > len(b) for a, b in zip(near, found))
     if lost: print(f'{lost} of {len(near)} prompts are too long: their farthest similar pairs are left out')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'TABLE', 'SemanticRAG', 'neighbour_weights', 'neighbour_arrays', 'neighbour_distribution',
-           'plot_neighbour_distribution', 'rows_fingerprint', 'squared_distances', 'smallest', 'PairRetriever',
-           'neighbour_table']
+           'plot_neighbour_distribution', 'rows_fingerprint', 'squared_distances', 'smallest', 'contract_texts',
+           'PairRetriever', 'neighbour_table']
 
 # %% ../nbs/11_rag.ipynb #4b17f93b
 import json
@@ -283,8 +283,9 @@ def plot_neighbour_distribution(
 
 # %% ../nbs/11_rag.ipynb #9cec2504
 def rows_fingerprint(rows: pd.DataFrame, target: str) -> str:
-    "Short hash of ids, titles and target of the rows, in whatever order"
-    return content_hash(rows[['id', *TITLES, target]].astype(str).sort_values('id').values.tolist())
+    "Short hash of ids, titles, details and target of the rows, in whatever order"
+    columns = ['id', *TITLES, *(c for c in rows if c in ('contract_a_details', 'contract_b_details')), target]
+    return content_hash(rows[columns].astype(str).sort_values('id').values.tolist())
 
 def squared_distances(
     x,  # (n, h) vectors
@@ -312,6 +313,13 @@ def smallest(
     return near[np.argsort(x[near], kind='stable')]
 
 # %% ../nbs/11_rag.ipynb #66f7ab1c
+def contract_texts(pairs: pd.DataFrame) -> np.ndarray:  # (n, 2) strings
+    "What is embedded of both contracts: the title, and behind it the details where `prompts.ContractTexts` gave them"
+    def side(s):
+        title, details = pairs[f'contract_{s}_title'], pairs.get(f'contract_{s}_details')
+        return title if details is None else (title + ' ' + details).str.rstrip()
+    return np.stack([side(s).to_numpy(object) for s in 'ab'], axis=1)
+
 class PairRetriever:
     "Similar training pairs of a pair of titles"
     def __init__(
@@ -333,8 +341,8 @@ class PairRetriever:
 
     def contract_vectors(self, pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:  # (contracts, hidden); (n, 2)
         "A unit vector of each contract, the sum of the layers' centred unit vectors; and where both of each pair stand"
-        sides, titles = pd.factorize(pairs[TITLES].to_numpy(object).ravel(), sort=True)
-        v = sum(normalize(v, center) for v, center in zip(self._pooled(titles.tolist()), self.center))
+        sides, texts = pd.factorize(contract_texts(pairs).ravel(), sort=True)
+        v = sum(normalize(v, center) for v, center in zip(self._pooled(texts.tolist()), self.center))
         return normalize(v), sides.reshape(-1, 2)
 
     def vectors(self, pairs: pd.DataFrame) -> np.ndarray:  # (n, 2 x hidden) float32
@@ -388,11 +396,11 @@ def build(
     train = pairs[pairs.split == 'train'] if len(pairs) else pairs
     if not len(train): raise ValueError('no training rows to index')
     self = cls(model, tokenizer, layers, cache_dir)
-    self.center = self._pooled(sorted({*train.contract_a_title, *train.contract_b_title})).mean(1)
+    self.center = self._pooled(np.unique(contract_texts(train)).tolist()).mean(1)
     made_from = dict(model=model_fingerprint(model), base_model=model.config.name_or_path, layers=self.layers,
                      rows=rows_fingerprint(train, target), target=target)
     known = train[['id', *TITLES, 'split', target]].assign(pair_key=_pair_keys(train)).reset_index(drop=True)
-    return self._fill(known, *self.contract_vectors(known), made_from)
+    return self._fill(known, *self.contract_vectors(train), made_from)
 
 # %% ../nbs/11_rag.ipynb #1c65a40a
 TABLE = 2**24  # distances of contracts in memory at a time
