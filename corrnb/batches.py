@@ -18,7 +18,7 @@ from .answers import AnswerGrid, tree_batch
 from .files import content_hash, hash_uniform
 from .models import encode
 from .parameters import TrainingConfig
-from .prompts import make_prompt, row_completion
+from .prompts import details_of, make_prompt, row_completion
 
 # %% ../nbs/16_batches.ipynb #e28ce2fa
 class TrainingRows(Dataset):
@@ -36,6 +36,7 @@ class TrainingRows(Dataset):
         self.target, self.config = target, config
         records = rows.to_dict('records') if isinstance(rows, pd.DataFrame) else rows.to_list()
         known = ('id', 'contract_a_title', 'contract_b_title', target, 'fisher_z_se', 'weight')
+        if 'contract_a_details' in records[0]: known += ('contract_a_details', 'contract_b_details')
         self.fingerprint = content_hash(target, [[r.get(c) for c in known] for r in records], near)
         self.data = datasets.Dataset.from_list([self._columns(r, n) for r, n in zip(records, near)])
 
@@ -48,7 +49,8 @@ class TrainingRows(Dataset):
         shown = ('contract_a_title', 'contract_b_title', 'value')
         near = [{k: n[k] for k in shown} | dict(swapped=bool(n.get('swapped'))) for n in near]
         return dict(id=row['id'], titles=[row['contract_a_title'], row['contract_b_title']], neighbours=near,
-                    value=float(value), z_se=float(z_se), weight=float(weight), completion=self._completion(row))
+                    details=[*details_of(row)], value=float(value), z_se=float(z_se), weight=float(weight),
+                    completion=self._completion(row))
 
     def _completion(self, row: dict) -> str:
         "What follows the number, if that is learned; ValueError naming a row whose written fields are no answer"
@@ -64,13 +66,14 @@ class TrainingRows(Dataset):
         "The row at a place, as it is; or as (epoch, place) with that epoch's order and similar pairs"
         epoch, i = (None, key) if isinstance(key, int) else key
         row, c = self.data[i], self.config
-        titles, near = row.pop('titles'), row.pop('neighbours')
+        titles, near, details = (row.pop(k) for k in ('titles', 'neighbours', 'details'))
         if epoch is not None:
             if c.prompt_variants: epoch %= c.prompt_variants
             if hash_uniform(c.seed, epoch, row['id'], 'drop') < c.neighbour_dropout: near = []
             if hash_uniform(c.seed, epoch, row['id'], 'swap') < 0.5:
-                titles, near = titles[::-1], [{**n, 'swapped': not n['swapped']} for n in near]
-        return dict(row, prompt=make_prompt(titles[0], titles[1], near, c.nearest_last), place=i)
+                titles, details = titles[::-1], details[::-1]
+                near = [{**n, 'swapped': not n['swapped']} for n in near]
+        return dict(row, prompt=make_prompt(*titles, near, c.nearest_last, details), place=i)
 
     def __getitems__(self, keys: list) -> list[dict]:
         "Items of a batch; a place of None is a filler row of weight zero"

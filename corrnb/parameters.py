@@ -112,6 +112,12 @@ class RunConfig(TrainingConfig):
     embedding_layers: Annotated[list[Whole], BeforeValidator(_items)] = Field(
         default_factory=lambda: [6, -1], min_length=1, description='hidden layers whose states are added; -1: the last')
     rag_top_k: Whole = Field(_default('RAG_TOP_K'), ge=0, description='similar pairs in a prompt')
+    title_tokens: Whole = Field(128, gt=0, description='most tokens of a title that are read')
+    description_tokens: Whole = Field(256, gt=0, description='most tokens of a description that are read')
+    use_description: bool = Field(False, description='also read the descriptions of both contracts, if there are any')
+    use_close_date: bool = Field(False, description='also read their closing dates')
+    use_venue: bool = Field(False, description='also read their venues')
+    use_category: bool = Field(False, description='also read their categories')
     both_orders: bool = Field(True, description='average (A, B) and (B, A); false: one order, half the time')
     comparisons: Annotated[list[Comparison], BeforeValidator(_items)] = Field(
         default_factory=list, description='also train these, to compare with')
