@@ -62,6 +62,9 @@ def pair_key(title_a: str, title_b: str) -> str:  # 16 hexadecimal digits
     "Name of a pair of texts, in any order and spelling"
     return content_hash(*sorted([text_key(title_a), text_key(title_b)]))
 
+# %% ../nbs/03_data.ipynb #0d9ae1e4
+pd.set_option('display.html.use_mathjax', False)
+
 # %% ../nbs/03_data.ipynb #5b117601
 def map_unique(values: pd.Series, f: Callable) -> pd.Series:  # missing values stay missing
     "A function of each value of a column, called once for each different one"

@@ -99,7 +99,8 @@ class Prediction:
         ax.set_title('Predictive distribution' + (' (ticks: similar pairs)' if self.neighbours else ''), fontsize=10)
         ax.set_xlabel('correlation')
         picture = f'data:image/png;base64,{b64encode(figure_png(fig)).decode()}'
-        return f'<pre>{html.escape(str(self))}</pre><img alt="predictive distribution" src="{picture}">'
+        text = f'<pre class="mathjax_ignore">{html.escape(str(self))}</pre>'
+        return f'{text}<img alt="predictive distribution" src="{picture}">'
 
 # %% ../nbs/20_inference.ipynb #9ba0ce4b
 MIXTURE_NEIGHBOURS = 200  # enough for equal weights to mean "what is usual"
