@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Prediction', 'Asked', 'CorrelationPredictor']
 
-# %% ../nbs/20_inference.ipynb #0cf63d5f
+# %% ../nbs/20_inference.ipynb #8e3aabfe
 import html
 import json
 import math
 import reprlib
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -191,7 +191,7 @@ def model_distribution(
     if self.both_orders and len(rows): log_probs = torch.stack(log_probs.split(len(rows))).logsumexp(0) - math.log(2)
     return AnswerDistribution(grid.values, log_probs)
 
-# %% ../nbs/20_inference.ipynb #6f71f6fc
+# %% ../nbs/20_inference.ipynb #e8f80887
 def _asked_rows(pairs) -> pd.DataFrame:
     "Pairs to predict as a frame with both titles and what else may be read; `PairError` names what is no pair"
     read = [*dict.fromkeys(TITLES + [f'contract_{s}_{f}' for s in 'ab' for f in DETAILS] + RELATED)]
@@ -209,7 +209,7 @@ def predict_many(self: CorrelationPredictor, pairs, progress: bool=False) -> lis
     if len(rows): rows = self.texts(add_pair_keys(check_pairs(rows, None)), self.grid.tokenizer)
     near, _ = self.neighbours(rows, self.k)
     forecasts = dict(language_model=self.model_distribution(rows, near, progress))
-    stack = self.stack if self.retriever is not None and len(rows) else None
+    stack = self.stack if self.retriever is not None and self.members is not None and len(rows) else None
     if stack: forecasts |= self.members.forecasts(rows)
     dist = stack(forecasts) if stack else forecasts['language_model']
     means = {n: (w, forecasts[n].mean.tolist()) for n, w in (stack.weights if stack else {}).items()}
@@ -246,7 +246,7 @@ class _StringEnds(StoppingCriteria):
         ends = [string_ends(self.tokenizer.decode(row[self.start:])) for row in input_ids]
         return torch.tensor(ends, device=input_ids.device)
 
-# %% ../nbs/20_inference.ipynb #45387459
+# %% ../nbs/20_inference.ipynb #7a94a3dc
 def _merged(base, model_dir):
     "The model with the adapter added to its weights; those in NF4 are dequantized, as rounding again would change them"
     if getattr(base, 'is_quantized', False): base = base.dequantize()
@@ -260,6 +260,7 @@ def from_folder(
     device: str|None=None,          # default: 'cuda' where there is one
     target: str|None=None,          # refuse a model that was trained for another column
     merge: bool=False,              # add the adapter to the weights of a second copy: faster, more memory
+    known: Sequence[str]=('train', 'val', 'test'),  # sides whose rows the members of the stack know; (): no members
     **options                       # batch_tokens and both_orders of the predictor
 ):
     "Load a trained folder; errors name what is missing or does not fit"
@@ -276,7 +277,7 @@ def from_folder(
     retriever, members, stack = None, None, Stack(**facts['stack']) if facts.get('stack') else None
     cache = Settings().MODEL_CACHE_DIR/'embeddings'
     if index_dir: retriever = PairRetriever.load(index_dir, embedder, grid.tokenizer, cache)
-    if retriever and stack: members = load_members(Path(model_dir)/'members', retriever)
+    if retriever and stack and known: members = load_members(Path(model_dir)/'members', retriever, known)
     k, texts = facts.get('rag_top_k', Settings().RAG_TOP_K), ContractTexts(**facts.get('texts', {}))
     return cls(model, grid, retriever, k, facts.get('nearest_last', True), stack, members, texts=texts, **options)
 

@@ -105,6 +105,7 @@ class RunConfig(TrainingConfig):
     split_forms: bool = Field(False, description='keep titles that differ in a date or a strike on one side')
     split_seed: Whole = Field(0, ge=0, description='another seed, another split')
     limit: Whole = Field(0, ge=0, description='at most that many training rows; 0: all')
+    limit_model: Whole = Field(0, ge=0, description='of these, as many train the language model; 0: all')
     limit_held_out: Whole = Field(0, ge=0, description='at most that many validation and test rows each; 0: all')
     model_name: str = Field(
         _default('MODEL_NAME'), min_length=1, description="hub id or folder of a language model, 'embedded' or 'tiny'")

@@ -23,7 +23,7 @@ from .gp import GRID, PairGP, load_gp, save_gp
 from .rag import PairRetriever, neighbour_distribution
 from .splits import contract_groups
 
-# %% ../nbs/19a_stack.ipynb #203e2802
+# %% ../nbs/19a_stack.ipynb #386f7db4
 @dataclass(frozen=True)
 class Holdouts:
     "Known rows to ask, and what is hidden from the members when they are"
@@ -36,7 +36,7 @@ def holdouts(
     novelty: pd.Series,       # of the rows to predict: 'seen', 'one_new' or 'both_new'
     among: np.ndarray|None=None,  # positions that may be asked; None: all
     most: int=2000            # of more rows to ask a part is drawn, by hash
-) -> Holdouts:  # ValueError where hiding contracts leaves nothing
+) -> Holdouts:
     "Each row without itself, without either contract (all of its event), and without both"
     groups, share = contract_groups(rows), novelty.value_counts(normalize=True)
     touching = {g: np.flatnonzero((groups == g).any(1)) for g in np.unique(groups)}
@@ -45,10 +45,10 @@ def holdouts(
     found += [(i, touching[g], 'one_new') for i in asked for g in groups[i] if groups[i][0] != groups[i][1]]
     found += [(i, np.union1d(*(touching[g] for g in groups[i])), 'both_new') for i in asked]
     found = [f for f in found if share.get(f[2], 0) > 0 and len(f[1]) < len(rows)]
-    if not found: raise ValueError('no row is left when contracts are hidden: too few contracts to choose weights')
+    found = found or [(i, np.array([i]), 'seen') for i in asked]   # too few contracts: without itself
     draw = [hash_uniform('ask', i, kind, len(hidden)) for i, hidden, kind in found]
     row, hidden, kinds = zip(*(found[i] for i in np.argsort(draw, kind='stable')[:most]))
-    weight = np.array([share[k]/kinds.count(k) for k in kinds])
+    weight = np.array([share.get(k, 1)/kinds.count(k) for k in kinds])
     return Holdouts(np.array(row), list(hidden), weight/weight.sum())
 
 # %% ../nbs/19a_stack.ipynb #b20a33d7

@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'prepare', 'read_sides', 'texts_of', 'build_index', 'tracking', 'training_cost', 'Trained', 'warn_of_seen',
            'train', 'Forecasts', 'forecast', 'Evaluated', 'evaluate']
 
-# %% ../nbs/25_stages.ipynb #233227fc
+# %% ../nbs/25_stages.ipynb #ff58f13c
 import json
 import os
 import resource
@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +28,19 @@ from .comparisons import COMPARISONS, chosen_comparisons, train_comparison
 from .config import Settings
 from .data import add_pair_keys, check_pairs, read_pairs
 from .demo import DEMO_VERSION, simulate_market, write_demo
+from .embeddings import spread_layers
 from .evaluation import LEVELS, Evaluation, format_table, save_metrics
 from .files import atomic_write, require
-from .gp import PairGP, save_gp
-from .inference import MIXTURE_NEIGHBOURS, Asked, CorrelationPredictor, Mixture, fit_mixture
+from .inference import Asked, CorrelationPredictor
 from .intervals import intervals_record, method_differences, split_intervals
 from .manifests import save_trained
 from .models import add_lora, encode, load_model, load_tokenizer
 from .parameters import RunConfig
 from .prompts import ANSWER_PREFIX, DETAILS, ContractTexts, drop_far
-from .rag import PairRetriever, neighbour_arrays, rows_fingerprint
+from .rag import PairRetriever, rows_fingerprint
 from .schema import make_engine, read_pairs_table
 from .splits import limit_pairs, split_pairs
+from .stack import Members, Stack, equal_weights, fit_members, fit_stack, load_members, save_members
 from .training import RegressionAugmentedTrainer, make_trainer
 
 # %% ../nbs/25_stages.ipynb #cf4b9f09
@@ -119,14 +120,15 @@ def training_cost(
     return dict(seconds=seconds, tokens=int(tokens), tokens_per_second=tokens/seconds if seconds else None,
                 peak_memory=peak, memory_of=torch.cuda.get_device_name() if gpu else 'process')
 
-# %% ../nbs/25_stages.ipynb #c8f1f6bc
+# %% ../nbs/25_stages.ipynb #81d06f97
 @dataclass
 class Trained:
     "What the train stage did"
     trainer: RegressionAugmentedTrainer
     rows: TrainingRows
-    mixture: Mixture
-    validation_crps: dict[str, float]   # of each member alone and of their mixture
+    members: Members                    # they know training and validation rows
+    stack: Stack
+    validation_crps: dict[str, float]   # of each member alone and of the stack
     cost: dict                          # as from `training_cost`
 
 def _compare(config, run, rows, validation, retriever, grid) -> tuple:
@@ -143,11 +145,6 @@ def _compare(config, run, rows, validation, retriever, grid) -> tuple:
         model, frozen = other.model.unload(), other.frozen   # the base model is free again
     return model, frozen, pd.DataFrame(found, index=held_out.id)
 
-def _fit_gp(config, retriever, train_rows) -> PairGP:
-    "A Gaussian process over the training pairs, on the layers that the index has vectors of"
-    if config.target != 'price_correlation': train_rows = train_rows.drop(columns='fisher_z_se', errors='ignore')
-    return PairGP(retriever.embed, tuple(retriever.layers)).fit(train_rows, config.target)
-
 def warn_of_seen(
     val: pd.DataFrame,   # validation rows, with `novelty`
     test: pd.DataFrame   # test rows
@@ -156,20 +153,23 @@ def warn_of_seen(
     of_val, of_test = ((rows.novelty == 'seen').mean() for rows in (val, test))
     if of_val > of_test + 0.2:
         print(f'Training has seen both contracts of {of_val:.0%} of the validation rows, but of {of_test:.0%} of the '
-              'test rows. Validation rows weigh the forecasts: they favour what is good on seen contracts.')
+              'test rows. Validation rows choose the checkpoint and the weight of the language model: they favour what '
+              'is good on seen contracts.')
 
-def _fit_mixture(config, predictor, val, known) -> tuple[Mixture, dict[str, float]]:
-    "How the forecasts are mixed, and the CRPS of validation rows"
-    near, distances = predictor.neighbours(val, MIXTURE_NEIGHBOURS)
-    alone, arrays = predictor.model_distribution(val, near, progress=True), neighbour_arrays(near, distances)
-    y = torch.tensor(val[config.target])
-    gp = predictor.gp.distribution(val)
-    mixture = fit_mixture(alone, *arrays, val[config.target], known, gp)
-    neighbours = replace(mixture, model_weight=0, gp_weight=0)(alone, *arrays)
-    mixed = f'mixed: {mixture.model_weight:.0%} model, {mixture.gp_weight:.0%} Gaussian process, rest neighbours'
-    forecasts = {'model alone': alone, 'Gaussian process alone': gp, 'neighbours alone': neighbours,
-                 mixed: mixture(alone, *arrays, gp)}
-    return mixture, {name: dist.crps(y).mean().item() for name, dist in forecasts.items()}
+def _measured(rows: pd.DataFrame, target: str) -> pd.DataFrame:  # label errors are those of measured prices
+    return rows if target == 'price_correlation' else rows.drop(columns='fisher_z_se', errors='ignore')
+
+def _fit_stack(config, predictor, sides, near) -> tuple[Members, Stack, dict[str, float]]:
+    "The other members, the weights of all, and the CRPS of validation rows that none of them knows"
+    train_rows, val, test = (_measured(side, config.target) for side in sides)
+    known, layers = pd.concat([train_rows, val], ignore_index=True), tuple(spread_layers(predictor.model))
+    members, held = fit_members(known, config.target, test.novelty, predictor.retriever, layers)
+    labels, y = known[config.target].to_numpy(float)[held.row], val[config.target].to_numpy(float)
+    forecasts = members.given(train_rows).forecasts(val)
+    forecasts['language_model'] = predictor.model_distribution(val, near, progress=True)
+    stack = fit_stack(members.out_of_fold(known, held), labels, held.weight, forecasts, y)
+    crps = {n: d.crps(torch.tensor(y)).mean().item() for n, d in (forecasts | dict(stack=stack(forecasts))).items()}
+    return members, stack, crps
 
 def _training_rows(target, training, model, grid, rows, near) -> TrainingRows:
     "Rows to learn from, with as many of their similar pairs as the model has room for"
@@ -183,17 +183,17 @@ def train(
     run: Path           # run folder with an index
 ) -> Trained|None:      # None in all but the first of several processes, which train together
     "Fine-tune the language model, or go on with a training that was interrupted, and fit the mixture"
-    target, training, (train_rows, val, test) = config.target, config.training(run/'checkpoints'), read_sides(run)
+    target, training, (_, val, test) = config.target, config.training(run/'checkpoints'), read_sides(run)
     warn_of_seen(val, test)
     tokenizer, model = _load_model(config)
-    train_rows, val = (texts_of(config)(rows, tokenizer) for rows in (train_rows, val))
+    train_rows, val, test = (texts_of(config)(rows, tokenizer) for rows in read_sides(run))
+    taught = limit_pairs(train_rows, config.limit_model, 0, config.seed)   # the other members know all
     made_from = dict(target=target, rows=rows_fingerprint(train_rows, target))   # an index of anything else is refused
     retriever = PairRetriever.load(require('index', run/'index'), model, tokenizer, _vectors_cache(), expect=made_from)
-    similar, distances = retriever.training_neighbours(train_rows, MIXTURE_NEIGHBOURS, val.novelty, config.seed)
+    shown, _ = retriever.training_neighbours(taught, config.rag_top_k, val.novelty, config.seed)
     grid = AnswerGrid(tokenizer, prefix=ANSWER_PREFIX)
     found = retriever.neighbours(val, config.rag_top_k)[0] if config.rag_top_k else [[]]*len(val)
-    shown = [s[:config.rag_top_k] for s in similar]
-    rows, validation = (_training_rows(target, training, model, grid, *s) for s in ((train_rows, shown), (val, found)))
+    rows, validation = (_training_rows(target, training, model, grid, *s) for s in ((taught, shown), (val, found)))
     model, frozen, compared = _compare(config, run, rows, validation, retriever, grid)
     model = add_lora(model, config.lora_r, config.lora_alpha, last_layers=config.lora_last_layers, seed=config.seed)
     retriever.model, reports = model, tracking(config.report_to, run)
@@ -201,34 +201,34 @@ def train(
     grid.verify(trainer.model, tokenizer('A | B:').input_ids)
     trainer.train(resume_from_checkpoint=True)
     if not trainer.is_world_process_zero(): return None
-    gp = _fit_gp(config, retriever, train_rows)
-    predictor = CorrelationPredictor(trainer.model, grid, retriever, config.rag_top_k, config.nearest_last, gp=gp,
+    predictor = CorrelationPredictor(trainer.model, grid, retriever, config.rag_top_k, config.nearest_last,
                                      both_orders=config.both_orders)
-    known = *neighbour_arrays(similar, distances), train_rows[target]
     predictor.asked = Asked(trainer.model)
-    mixture, crps = _fit_mixture(config, predictor, val, known)
+    members, stack, crps = _fit_stack(config, predictor, (train_rows, val, test), found)
     if predictor.asked.frozen: predictor.model_distribution(val, found, tuned=False)   # cheap now
-    done = Trained(trainer, rows, mixture, crps, training_cost(trainer.state.log_history))
-    _save_training(config, run, done, train_rows, made_from)
-    save_gp(gp, run/'model'/'gp')
+    done = Trained(trainer, rows, members, stack, crps, training_cost(trainer.state.log_history))
+    _save_training(config, run, done, taught, made_from)
     predictor.asked.save(run/'asked.parquet')
     atomic_write(run/'comparisons.parquet', compared.to_parquet())
     shutil.rmtree(run/'checkpoints', ignore_errors=True)   # last: until then a killed stage goes on from them
     return done
 
-def _save_training(config, run, done: Trained, train_rows, made_from):
+def _save_training(config, run, done: Trained, taught, made_from):
     "Write the model folder, log and cost"
     settings = asdict(done.rows.config) | dict(output_dir='model')
     facts = made_from | dict(use_4bit=config.use_4bit, rag_top_k=config.rag_top_k, nearest_last=config.nearest_last,
                              texts=asdict(texts_of(config)))
     trainer = done.trainer
-    save_trained(run/'model', trainer.model, trainer.grid, **facts, mixture=asdict(done.mixture), config=settings)
+    save_trained(run/'model', trainer.model, trainer.grid, **facts, stack=asdict(done.stack), config=settings)
+    sides = pd.concat([texts_of(config)(side, trainer.grid.tokenizer) for side in read_sides(run)], ignore_index=True)
+    (run/'model'/'members').mkdir(exist_ok=True)
+    save_members(done.members, _measured(sides, config.target), run/'model'/'members')
     atomic_write(run/'training_log.json', json.dumps(trainer.state.log_history, indent=1))
     atomic_write(run/'training_cost.json', json.dumps(done.cost, indent=1))
-    fitted = train_rows.assign(prediction=trainer.fitted)[['id', 'prediction']]
+    fitted = taught.assign(prediction=trainer.fitted)[['id', 'prediction']]
     atomic_write(run/'model'/'fitted.parquet', fitted.to_parquet())
 
-# %% ../nbs/25_stages.ipynb #e6700194
+# %% ../nbs/25_stages.ipynb #38ea90e7
 @dataclass
 class Forecasts:
     "What every method predicts for the held-out rows"
@@ -266,45 +266,63 @@ def _untuned(predictor, rows, near, tuned: AnswerDistribution) -> AnswerDistribu
         print('the adapter changes nothing: the checkpoint that was kept is from before the first update')
     return found
 
+def _other_forecasts(config, run, retriever, train, rows) -> tuple[pd.DataFrame, dict]:
+    "Baselines and members of validation rows, which know training rows, and of test rows, which know both"
+    points, forecasts, val = [], [], rows[rows.split == 'val']
+    for side, splits, known in (('val', ('train',), train), ('test', ('train', 'val'), pd.concat([train, val]))):
+        asked = rows[rows.split == side]
+        if not len(asked): continue
+        members = load_members(run/'model'/'members', retriever, splits)
+        forecasts.append(members.forecasts(asked))
+        vectors = dict(train_vectors=members.retriever.vectors(known), row_vectors=members.retriever.vectors(asked))
+        near = members.retriever.known(asked, max(1, config.rag_top_k))
+        points.append(baseline_predictions(known, asked, config.target, neighbours=near, **vectors))
+    seconds = [p.attrs.pop('seconds_per_query') for p in points]
+    found = {name: AnswerDistribution(d.values, torch.cat([f[name].log_probs for f in forecasts]))
+             for name, d in forecasts[0].items()}
+    joined = pd.concat(points)
+    joined.attrs['seconds_per_query'] = {n: float(np.mean([s[n] for s in seconds])) for n in seconds[0]}
+    return joined, found
+
 def forecast(
     config: RunConfig,
     run: Path           # run folder with a trained model
 ) -> Forecasts:         # FileNotFoundError that names the stage to run first
     "Predict the held-out rows by every method"
     pairs = limit_pairs(pd.read_parquet(require('prepare', run/'pairs.parquet')), 0, config.samples)
-    train, rows = (pairs[i].reset_index(drop=True) for i in (pairs.split == 'train', pairs.split != 'train'))
-    require('train', run/'model'/'gp')   # an older run has none
+    train, *held_out = (pairs[pairs.split == side] for side in ('train', 'val', 'test'))
+    train, rows = train.reset_index(drop=True), pd.concat(held_out, ignore_index=True)
+    require('train', run/'model'/'members')   # an older run has none
     predictor = CorrelationPredictor.from_run(run, target=config.target, batch_tokens=config.eval_batch_tokens,
-                                              both_orders=config.both_orders)
+                                              both_orders=config.both_orders, known=())
     train, rows = (predictor.texts(side, predictor.grid.tokenizer) for side in (train, rows))
     retriever, predictor.asked = predictor.retriever, Asked(predictor.model, run/'asked.parquet')
     known = len(predictor.asked.known[True])
     if not config.use_rag: predictor.retriever = None
     clock = [time.perf_counter()]
-    near, distances = predictor.neighbours(rows, MIXTURE_NEIGHBOURS)
+    near, _ = predictor.neighbours(rows, predictor.k)
     clock.append(time.perf_counter())
     alone = predictor.model_distribution(rows, near, progress=True)
     clock.append(time.perf_counter())
-    found = neighbour_arrays(*retriever.neighbours(rows, max(predictor.k, 1)))
-    points = baseline_predictions(train, rows, config.target, neighbours=found, train_vectors=retriever.vectors(train),
-                                  row_vectors=retriever.vectors(rows))
     compared, lacking = _comparisons(config, run, predictor, rows)
+    points, members = _other_forecasts(config, run, retriever, train, rows)
     forecasts = {'untuned_model': _untuned(predictor, rows, near, alone)} if config.untuned else {}
-    forecasts |= compared | {'language_model': alone}
-    mixture, arrays = predictor.mixture if config.use_rag else None, neighbour_arrays(near, distances)
-    gp = predictor.gp.distribution(rows)
-    forecasts['gp'] = gp
-    if mixture: forecasts['neighbours'] = replace(mixture, model_weight=0, gp_weight=0)(alone, *arrays)
-    forecasts['model'] = mixture(alone, *arrays, gp) if mixture else alone
+    forecasts |= compared | members | {'language_model': alone}
+    stack = predictor.stack if config.use_rag else None
+    if stack:
+        forecasts['equal_average'] = equal_weights([*stack.weights])(forecasts)
+        if config.untuned:
+            forecasts['untuned_stack'] = stack(forecasts | {'language_model': forecasts['untuned_model']})
+    forecasts['model'] = stack(forecasts) if stack else alone
     for name, d in forecasts.items(): points[name] = d.mean.numpy()
     retrieval, asking = np.diff(clock)/(len(rows), max(1, len(predictor.asked.known[True]) - known))
-    seconds = points.attrs.pop('seconds_per_query') | dict(neighbours=retrieval, language_model=retrieval + asking,
-                                                           model=retrieval + asking)
+    seconds = points.attrs.pop('seconds_per_query') | dict(language_model=retrieval + asking, model=retrieval + asking)
     seconds['knn'] += retrieval
-    return Forecasts(train, rows, predictor, near, found[1][:, 0], points, forecasts, seconds, [*compared], lacking)
+    nearest = retriever.known(rows, 1)[1][:, 0]
+    return Forecasts(train, rows, predictor, near, nearest, points, forecasts, seconds, [*compared], lacking)
 
-# %% ../nbs/25_stages.ipynb #cc801d60
-PARTS = ('language_model', 'neighbours', 'gp', 'model')  # what corrnb predicts, and its members: no baselines
+# %% ../nbs/25_stages.ipynb #c72b3ba2
+PARTS = ('language_model', 'neighbours', 'gp', 'equal_average', 'untuned_stack', 'model')  # no baselines
 
 @dataclass
 class Evaluated:
@@ -325,7 +343,9 @@ def evaluate(
     if lost := {'val', 'test'} - set(f.rows.split):
         raise ValueError(f'pairs.parquet has no {" and no ".join(sorted(lost))} rows: there is nothing to evaluate')
     dist = f.distributions['model']
-    spread = np.tile(training_distribution(f.train[config.target], dist.values), (len(f.rows), 1))
+    known = f.train[config.target], pd.concat([f.train, f.rows[f.rows.split == 'val']])[config.target]
+    spread = np.stack([training_distribution(labels, dist.values) for labels in known])
+    spread = spread[(f.rows.split == 'test').astype(int)]   # of test rows: training and validation rows are known
     of_methods = {'train_mean': spread} | {name: d.probs for name, d in f.distributions.items()}
     evaluation = Evaluation(f.rows, f.points, config.target, of_methods, dist.values.numpy())
     intervals = split_intervals(evaluation)
@@ -341,12 +361,11 @@ def _metrics(config, run, done: Evaluated) -> dict:
     f, cost = done.forecasts, run/'training_cost.json'
     mass = f.distributions['language_model'].log_mass.exp()
     fitted = f.train.merge(pd.read_parquet(run/'model'/'fitted.parquet'), on='id').dropna(subset=['prediction'])
-    mixture = f.predictor.mixture
+    stack = asdict(f.predictor.stack) if config.use_rag else None
     return done.evaluation.record(mass.numpy(), fitted) | intervals_record(done.intervals, done.best) | dict(
-        use_rag=config.use_rag, language_model_against=done.peers, mixture=asdict(mixture) if mixture else None,
-        on_grid_mass=mass.mean().item(), demo_version=DEMO_VERSION if 'true_correlation' in f.rows else None,
+        use_rag=config.use_rag, language_model_against=done.peers, on_grid_mass=mass.mean().item(), demo_version=DEMO_VERSION if 'true_correlation' in f.rows else None,
         cost=dict(seconds_per_query=f.seconds, training=json.loads(cost.read_text()) if cost.exists() else None),
-        note='train: each row as predicted when it was last trained on')
+        stack=stack, note='train: each row as predicted when it was last trained on')
 
 def _save_evaluation(run, done: Evaluated):
     "Write metrics, their tables and the predictions"
