@@ -49,17 +49,19 @@ class Answer(BaseModel):
 
 # %% ../nbs/08_prompts.ipynb #7c0d9968
 _STRING = re.compile(r'(?:[^"\\]|\\.)*', re.DOTALL)  # up to the first quotation mark that is not escaped
+_STRAY = re.compile(r'\\(?!["\\/bfnrt]|u[0-9a-fA-F]{4})(?:u[0-9a-fA-F]{0,3})?|(\\.)', re.DOTALL)  # or (an escape)
+
+def _inside(text: str) -> str: return _STRING.findall(text)[0]
 
 def string_ends(text: str) -> bool:
     "Is the JSON string that `text` begins with complete?"
-    return _STRING.match(text).end() < len(text) and text[_STRING.match(text).end()] == '"'
+    return text[len(_inside(text)):].startswith('"')
 
 def read_string(
     text: str  # of a JSON string without its first quotation mark, and what comes behind it
 ) -> str:      # without white space around it; '' where nothing can be read
     "What a generated JSON string says"
-    inside = _STRING.match(text)[0]
-    inside = re.sub(r'\\(?!["\\/bfnrt]|u[0-9a-fA-F]{4})(?:u[0-9a-fA-F]{0,3})?|(\\.)', r'\1', inside, flags=re.DOTALL)
+    inside = _STRAY.sub(r'\1', _inside(text))
     said = json.loads(f'"{inside}"', strict=False)
     return said.encode(errors='ignore').decode().strip()   # half a surrogate pair is no text
 
@@ -142,7 +144,7 @@ class ContractTexts:
 
 def details_of(row: dict) -> tuple[str, str]:  # '' where there are none
     "What is known of both contracts of a row of `ContractTexts` beside their titles"
-    return tuple(row.get(f'contract_{s}_details') or '' for s in 'ab')
+    return row.get('contract_a_details') or '', row.get('contract_b_details') or ''
 
 # %% ../nbs/08_prompts.ipynb #3a8d1322
 def drop_far(

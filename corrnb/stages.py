@@ -321,7 +321,7 @@ def forecast(
     nearest = retriever.known(rows, 1)[1][:, 0]
     return Forecasts(train, rows, predictor, near, nearest, points, forecasts, seconds, [*compared], lacking)
 
-# %% ../nbs/25_stages.ipynb #c72b3ba2
+# %% ../nbs/25_stages.ipynb #ab55b88b
 PARTS = ('language_model', 'neighbours', 'gp', 'equal_average', 'untuned_stack', 'model')  # no baselines
 
 @dataclass
@@ -363,7 +363,8 @@ def _metrics(config, run, done: Evaluated) -> dict:
     fitted = f.train.merge(pd.read_parquet(run/'model'/'fitted.parquet'), on='id').dropna(subset=['prediction'])
     stack = asdict(f.predictor.stack) if config.use_rag else None
     return done.evaluation.record(mass.numpy(), fitted) | intervals_record(done.intervals, done.best) | dict(
-        use_rag=config.use_rag, language_model_against=done.peers, on_grid_mass=mass.mean().item(), demo_version=DEMO_VERSION if 'true_correlation' in f.rows else None,
+        use_rag=config.use_rag, language_model_against=done.peers, on_grid_mass=mass.mean().item(),
+        demo_version=DEMO_VERSION if 'true_correlation' in f.rows else None,
         cost=dict(seconds_per_query=f.seconds, training=json.loads(cost.read_text()) if cost.exists() else None),
         stack=stack, note='train: each row as predicted when it was last trained on')
 
