@@ -66,7 +66,7 @@ def experiment(results: Path, name: str, dataset: str, **settings):
     clock.append(time.perf_counter())
     seconds = dict(zip(('prepare', 'index', 'train', 'evaluate'), np.diff(clock).tolist()))
     log = json.loads((run/'training_log.json').read_text())
-    facts = dict(settings, dataset=dataset, seconds=seconds, history=log, mixture=found.metrics['mixture'])
+    facts = dict(settings, dataset=dataset, seconds=seconds, history=log, stack=found.metrics['stack'])
     rows = found.forecasts.rows.join(found.forecasts.points.add_prefix('point_'))
     arrays = {m: d.log_probs.numpy().astype(np.float32) for m, d in found.forecasts.distributions.items()}
     buffer = io.BytesIO()
