@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LLAMA3_SPLIT', 'EMBEDDED_PACKAGE', 'EMBEDDED_FILE', 'EMBEDDED_SHA256', 'tiny_tokenizer', 'tiny_model',
            'embedded_gguf', 'embedded_folder', 'load_tokenizer', 'load_model', 'encode', 'token_batches', 'add_lora',
-           'model_fingerprint']
+           'model_fingerprint', 'keep_weights']
 
 # %% ../nbs/07_models.ipynb #bfe75221
 import logging
@@ -21,11 +21,13 @@ _silence('transformers.trainer_utils', 'mtime may not be reliable')  # checkpoin
 warnings.filterwarnings('ignore', '`is_gradient_checkpointing` is deprecated', FutureWarning)  # peft asks for it
 
 # %% ../nbs/07_models.ipynb #77184cda
+import copy
 import hashlib
 import importlib.util
 import os
 import tempfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -113,6 +115,8 @@ def embedded_folder(cache_dir: Path | None = None) -> Path:  # in `cache_dir`, o
     return folder
 
 # %% ../nbs/07_models.ipynb #341fa2e5
+_KEPT: dict[str, tuple] | None = None   # weights to share, by what determines them: a model, its fingerprint
+
 def _folder_or_hub(name: str, cache_dir: Path | None) -> str:
     "Where transformers finds a model: the unpacked folder of the embedded one, else the name itself"
     return str(embedded_folder(cache_dir)) if name == 'embedded' else name
@@ -148,17 +152,25 @@ def load_model(
     "A causal language model in evaluation mode; OSError if it cannot be had, naming HF_TOKEN if that may be why"
     device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu')
     dtype = dtype or (torch.bfloat16 if device != 'cpu' else torch.float32)
-    if name.split(':')[0] == 'tiny':
-        model = tiny_model(len(load_tokenizer(name)))
-        model.config.name_or_path = name
-        model.set_attn_implementation(attn)
-        if not quantize: return model.to(device, dtype)
-        with tempfile.TemporaryDirectory() as folder:  # quantization happens while loading
-            model.save_pretrained(folder)
-            return _load(name, folder, dtype, device, attn, _nf4(dtype))
-    where = _folder_or_hub(name, cache_dir)
-    if quantize: return _load_nf4(name, where, dtype, device, attn, cache_dir)
-    return _load(name, where, dtype, device, attn)
+    tiny = name.split(':')[0] == 'tiny'
+    where = name if tiny else _folder_or_hub(name, cache_dir)
+    def load():
+        if tiny: return _load_tiny(name, quantize, dtype, device, attn)
+        if quantize: return _load_nf4(name, where, dtype, device, attn, cache_dir)
+        return _load(name, where, dtype, device, attn)
+    if _KEPT is None: return load()
+    version = None if tiny else _version_of(name, where)
+    return _kept(_KEPT, content_hash(name, version, quantize, str(dtype), device, attn), load)
+
+def _load_tiny(name, quantize, dtype, device, attn):
+    "The random model of tests"
+    model = tiny_model(len(load_tokenizer(name)))
+    model.config.name_or_path = name
+    model.set_attn_implementation(attn)
+    if not quantize: return model.to(device, dtype)
+    with tempfile.TemporaryDirectory() as folder:  # quantization happens while loading
+        model.save_pretrained(folder)
+        return _load(name, folder, dtype, device, attn, _nf4(dtype))
 
 def _load(name, where, dtype, device, attn, nf4=None):
     "Load from a folder or the hub; quantized with the settings `nf4`, or if it was saved so"
@@ -254,3 +266,31 @@ def _fingerprint(weights) -> str:
         name = name.replace('base_model.model.', '').replace('.base_layer', '')
         parts.append((name, list(p.shape), str(p.dtype), sample))
     return content_hash(sorted(parts))
+
+# %% ../nbs/07_models.ipynb #kept0002
+def keep_weights(
+    keep: bool = True  # False: forget what was kept
+):
+    "Load the same weights once in this process: what `load_model` returns shares them, so never change them in place"
+    global _KEPT
+    _KEPT = {} if keep else None
+
+def _kept(kept: dict, key: str, load: Callable) -> PreTrainedModel:
+    "A model with the weights of this key, which are loaded if others were kept or these have been changed"
+    model, fingerprint = kept.get(key, (None, ''))
+    if model is None or _fingerprint(model.named_parameters()) != fingerprint:
+        kept.clear()   # first, so that there is memory for the next
+        del model
+        model = load()
+        kept[key] = model, _fingerprint(model.named_parameters())
+    return _same_weights(model)
+
+def _same_weights(model: PreTrainedModel) -> PreTrainedModel:
+    "A copy of a model that shares its weights and nothing else"
+    memo: dict = {}
+    for p in model.parameters():
+        state = getattr(p, 'quant_state', None)   # of NF4 weights; these are never trained
+        if state is None: memo[id(p)] = torch.nn.Parameter(p.detach(), p.requires_grad)
+        else: memo |= {id(p): p, id(state): state}
+    return copy.deepcopy(model, memo)
+
