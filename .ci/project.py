@@ -16,7 +16,7 @@ bin = Path(sys.executable).parent
 one_thread = {f'{lib}_NUM_THREADS': '1' for lib in ('OMP', 'MKL', 'OPENBLAS')}
 env = os.environ | one_thread | {'TOKENIZERS_PARALLELISM': 'false', 'HF_HUB_OFFLINE': '1', 'CUDA_VISIBLE_DEVICES': '',
                                  'PATH': f"{bin}{os.pathsep}{os.environ['PATH']}"}
-settings = 'DATABASE_URL PGHOST PGDATABASE MODEL_NAME USE_4BIT RAG_TOP_K MAX_NEW_TOKENS TEMPERATURE'
+settings = 'DATABASE_URL PGHOST PGDATABASE MODEL_NAME USE_4BIT RAG_TOP_K MAX_NEW_TOKENS TEMPERATURE ONE_KERNEL'
 for name in settings.split(): env.pop(name, None)
 
 

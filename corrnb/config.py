@@ -34,6 +34,7 @@ class Settings(BaseSettings):
     MAX_NEW_TOKENS: int = 256        # for the written reasons, not for the number
     TEMPERATURE: float = 0.7         # for the written reasons, not for the number
     RAG_TOP_K: int = 5
+    ONE_KERNEL: bool = True          # execute the notebooks of a run in one process
 
     @property
     def database_url(self) -> URL:

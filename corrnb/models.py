@@ -115,7 +115,8 @@ def embedded_folder(cache_dir: Path | None = None) -> Path:  # in `cache_dir`, o
     return folder
 
 # %% ../nbs/07_models.ipynb #341fa2e5
-_KEPT: dict[str, tuple] | None = None   # weights to share, by what determines them: a model, its fingerprint
+# weights to share, by what determines them: a model and its fingerprint; None: share none
+_KEPT: dict[str, tuple] | None = {} if os.environ.get('CORRNB_KEEP_WEIGHTS') else None
 
 def _folder_or_hub(name: str, cache_dir: Path | None) -> str:
     "Where transformers finds a model: the unpacked folder of the embedded one, else the name itself"

@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'WIDGET', 'REPORTS', 'stage_folder', 'read_parameters', 'Stage', 'read_stage', 'load_stages',
-           'set_parameters', 'copy_notebooks', 'reached_code', 'code_hash', 'scrub', 'write_report', 'execute_stage']
+           'set_parameters', 'copy_notebooks', 'reached_code', 'code_hash', 'scrub', 'write_report', 'begin_notebook',
+           'Kernel', 'execute_stage']
 
 # %% ../nbs/26_notebooks.ipynb #7aaeb4c7
 import ast
+import ctypes
+import gc
 import html
 import json
 import os
+import random
 import re
 import shutil
 import sys
@@ -20,8 +24,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import quote, quote_plus
 
+from IPython import get_ipython
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from traitlets import default
 
 import corrnb
@@ -248,18 +254,109 @@ def write_report(
         config=Config(TagRemovePreprocessor=dict(enabled=True, remove_cell_tags=['no-report'])))
     return atomic_write(to, exporter.from_notebook_node(nb)[0])
 
-# %% ../nbs/26_notebooks.ipynb #14661d74
+# %% ../nbs/26_notebooks.ipynb #kern0001
 class _ThisPython(AsyncKernelManager):
-    "A kernel manager that knows one kernel: the running interpreter"
+    "A kernel manager that knows one kernel, the running interpreter, and remembers its clients"
     @default('transport')
     def _no_ports(self): return 'ipc'     # two kernels that start at once may be given the same port
-    @default('ip')
+    @default('connection_file')
     def _own_folder(self):
         self.sockets = TemporaryDirectory(prefix='corrnb-')     # is removed with this manager
-        return str(Path(self.sockets.name)/'kernel')
+        return str(Path(self.sockets.name)/'kernel.json')
     @default('kernel_spec_manager')
     def _no_other_kernels(self): return KernelSpecManager(kernel_dirs=[])
+    def client(self, **kwargs):
+        self.last_client = super().client(**kwargs)
+        return self.last_client
 
+def _code_files() -> dict[Path, tuple]:
+    "Time and size of the library's files"
+    return {p: ((s := p.stat()).st_mtime_ns, s.st_size) for p in Path(corrnb.__file__).parent.glob('*.py')}
+
+
+# %% ../nbs/26_notebooks.ipynb #kern0003
+_at_start: dict = {}   # environment, folder and module path before the first notebook
+
+def _put_back():
+    "Undo what a notebook has done to the process"
+    for name in os.environ.keys() - _at_start['environ'].keys(): del os.environ[name]
+    os.environ.update(_at_start['environ'])
+    os.chdir(_at_start['folder'])
+    sys.path[:] = _at_start['path']
+    random.seed()
+    if 'numpy' in sys.modules: sys.modules['numpy'].random.seed()
+    if torch := sys.modules.get('torch'): torch.manual_seed(torch.Generator().initial_seed())   # as of a new process
+
+def _free_memory():
+    "Give back what the names held, but for modules"
+    for name in ('last_exc', 'last_type', 'last_value', 'last_traceback'): vars(sys).pop(name, None)
+    if pyplot := sys.modules.get('matplotlib.pyplot'): pyplot.close('all')
+    gc.collect()
+    gc.freeze()   # modules are not looked through again
+    torch = sys.modules.get('torch')
+    if torch and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).malloc_trim(0)
+        Path('/proc/self/clear_refs').write_text('5')   # the peak of memory counts from here
+
+def begin_notebook():
+    "Runs in a kernel before each notebook: a process that is as good as new"
+    if not _at_start: return _at_start.update(environ=dict(os.environ), folder=os.getcwd(), path=[*sys.path])
+    get_ipython().reset()
+    _put_back()
+    _free_memory()
+
+
+# %% ../nbs/26_notebooks.ipynb #kern0004
+class Kernel:
+    "A process that executes notebooks, for one or one after the other; it ends with the block, or with this process"
+    def __init__(
+        self, keep: bool = False   # use a process for more than one notebook?
+    ): self.keep, self.manager, self.code = keep, None, {}
+    def __enter__(self): return self
+    def __exit__(self, kind, *error): self.stop(now=kind is not None)
+
+    def next(self) -> AsyncKernelManager:
+        "The manager of a process for the next notebook: the last one, cleared, unless it has died or runs old code"
+        if not (self.keep and self._is_alive() and self.code == _code_files()): self.stop()
+        if self.manager is None: self._start()
+        if self.keep: self._run('from corrnb.notebooks import begin_notebook\nbegin_notebook()')
+        return self.manager
+
+    def stop(
+        self, now: bool = False   # do not wait for it to end by itself
+    ):
+        "End the process"
+        manager, self.manager = self.manager, None
+        if manager is None: return
+        if client := getattr(manager, 'last_client', None): client.stop_channels()
+        if run_sync(manager.is_alive)(): run_sync(manager.shutdown_kernel)(now=now)
+        run_sync(manager.cleanup_resources)()
+
+    def _is_alive(self) -> bool: return self.manager is not None and run_sync(self.manager.is_alive)()
+
+    def _start(self):
+        self.manager, self.code = _ThisPython(kernel_name='python3'), _code_files()
+        options = ['--log-level=CRITICAL', '--HistoryManager.hist_file=:memory:']
+        environ = dict(os.environ, CORRNB_KEEP_WEIGHTS='1') if self.keep else dict(os.environ)
+        run_sync(self.manager.start_kernel)(extra_arguments=options, env=environ)
+
+    def _run(self, code: str): run_sync(self._execute)(code)
+
+    async def _execute(self, code: str):
+        "Run code that is no cell of a notebook"
+        if client := getattr(self.manager, 'last_client', None): client.stop_channels()   # of the notebook before
+        client = self.manager.client()
+        client.start_channels()
+        await client.wait_for_ready(timeout=60)
+        reply = await client.execute_interactive(code, silent=True)
+        client.stop_channels()
+        if reply['content']['status'] != 'ok': raise PipelineError('\n'.join(reply['content']['traceback']))
+
+
+# %% ../nbs/26_notebooks.ipynb #14661d74
 def _reason(error: Exception) -> str:
     "One or a few lines for an exception of papermill"
     if type(error).__name__ == 'DeadKernelError':
@@ -272,9 +369,13 @@ def execute_stage(
     stage: Stage,
     config: RunConfig,      # the stage gets its own parameters and `run_dir`
     folder: Path,           # run folder, absolute
-    verbose: bool = False   # show what the cells print?
+    verbose: bool = False,  # show what the cells print?
+    kernel: Kernel|None = None  # None: a process for this notebook alone
 ) -> Path:                  # the executed notebook; PipelineError with the failing cell's exception
     "Execute a stage notebook into the run folder"
+    if kernel is None:
+        with Kernel() as kernel: return execute_stage(stage, config, folder, verbose, kernel)
+    manager = kernel.next()   # starts while papermill is imported
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.iorw import papermill_io
@@ -285,9 +386,10 @@ def execute_stage(
     own = {n: getattr(config, n) for n in stage.parameters} | {'run_dir': str(folder)}
     try:
         papermill.execute_notebook(
-            str(stage.path), str(out), own, kernel_name='python3', kernel_manager_class=_ThisPython,
-            extra_arguments=['--log-level=CRITICAL'], progress_bar=False, **show)
-    except (papermill.PapermillExecutionError, DeadKernelError) as e: reason = scrub(_reason(e), secrets)
+            str(stage.path), str(out), own, kernel_name='python3', km=manager, progress_bar=False, **show)
+    except (papermill.PapermillExecutionError, DeadKernelError) as e:
+        kernel.stop(now=True)
+        reason = scrub(_reason(e), secrets)
     else:
         if stage.name in REPORTS: write_report(out, folder/REPORTS[stage.name], f'{folder.name}: {stage.name}')
         return out

@@ -26,8 +26,9 @@ from filelock import FileLock, Timeout
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 import corrnb
+from .config import Settings
 from .files import atomic_write, content_hash, sha256
-from .notebooks import REPORTS, STAGES, Stage, code_hash, execute_stage, load_stages
+from .notebooks import REPORTS, STAGES, Kernel, Stage, code_hash, execute_stage, load_stages
 from corrnb.parameters import (
     FILES,
     NO_FILES,
@@ -182,7 +183,8 @@ def run_stage(
     inputs: Inputs,
     folder: Path,               # run folder, absolute
     force: bool = False,        # run even if nothing has changed?
-    verbose: bool = False       # show what the cells print?
+    verbose: bool = False,      # show what the cells print?
+    kernel: Kernel|None = None  # None: a process for this stage alone
 ):                              # PipelineError if a cell fails
     "Run a stage, or say that it need not run; on a terminal the seconds are shown as they pass"
     i = STAGES.index(stage.name)
@@ -199,7 +201,7 @@ def run_stage(
         columns = TextColumn(f'{stage.name} is running'), TimeElapsedColumn()
         with Progress(*columns, transient=True, disable=not live) as bar:
             bar.add_task('')
-            execute_stage(stage, inputs.config, folder, verbose)
+            execute_stage(stage, inputs.config, folder, verbose, kernel)
     except PipelineError:
         print(f'failed after {time.perf_counter()-start:.1f} s', flush=True)
         raise
@@ -246,11 +248,12 @@ def run_pipeline(
     "Run the stages whose inputs have changed"
     stages = load_stages(notebooks)
     inputs = read_inputs(profile, overrides, stages[0].path.parent)
-    with run_folder(Path(runs_dir).resolve()/(checked_name(name) or inputs.name), fresh) as folder:
+    path = Path(runs_dir).resolve()/(checked_name(name) or inputs.name)
+    with run_folder(path, fresh) as folder, Kernel(Settings().ONE_KERNEL) as kernel:
         write_params(folder, inputs)
         if inputs.sources: print(describe_sources(inputs.config, inputs.sources, inputs.profile), flush=True)
         last = STAGES.index(upto)
-        for stage in stages[:last+1]: run_stage(stage, inputs, folder, verbose=verbose)
+        for stage in stages[:last+1]: run_stage(stage, inputs, folder, verbose=verbose, kernel=kernel)
         _forget_outdated(stages[last+1:], inputs, folder)
         print_summary(folder)
     return folder
