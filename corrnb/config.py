@@ -32,10 +32,11 @@ def _read_text(path: Path) -> str:
 def _read_env_file(path: Path) -> dict[str, str]:
     "Values of a `.env` file, none where there is no file"
     if not path.is_file(): return {}
-    bindings = [b for b in parse_stream(io.StringIO(_read_text(path))) if b.key and b.value]
-    literal = {b.key for b in bindings if re.match(r"[^=]*=\s*'", b.original.string)}
-    kept = [(b.key, b.value.replace('${', '$\0{') if b.key in literal else b.value) for b in bindings]
-    return {name: value.replace('\0', '') for name, value in resolve_variables(kept, override=True).items()}
+    kept = []
+    for b in parse_stream(io.StringIO(_read_text(path))):
+        literal = re.match(r"[^=]*=\s*'", b.original.string)
+        if b.key and b.value: kept.append((b.key, b.value.replace('${', '$\0{') if literal else b.value))
+    return {n: v.replace('\0', '') for n, v in resolve_variables(kept, override=True).items() if v}
 
 # %% ../nbs/00_config.ipynb #6b1991d6
 class Settings(BaseSettings):
