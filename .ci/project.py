@@ -69,8 +69,9 @@ def same(here, made, advice):
     assert not differ, f"{', '.join(differ)} out of date: {advice}"
 
 def everything(*folders):
-    "Content and time of the files below folders, but for locks and the record of the last command"
-    files = [p for f in folders for p in f.rglob('*') if p.is_file() and p.name not in ('.lock', 'params.json')]
+    "Content and time of the files below folders, but for locks, the log and the record of the last command"
+    other = '.lock', 'run.log', 'params.json'
+    files = [p for f in folders for p in f.rglob('*') if p.is_file() and p.name not in other]
     return {p: (p.stat().st_mtime, p.read_bytes()) for p in files}
 
 def difference(a, b):
