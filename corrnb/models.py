@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LLAMA3_SPLIT', 'EMBEDDED_PACKAGE', 'EMBEDDED_FILE', 'EMBEDDED_SHA256', 'tiny_tokenizer', 'tiny_model',
-           'embedded_gguf', 'embedded_folder', 'load_tokenizer', 'load_model', 'encode', 'token_batches', 'add_lora',
-           'model_fingerprint', 'keep_weights']
+           'embedded_gguf', 'embedded_folder_name', 'embedded_folder', 'load_tokenizer', 'load_model', 'encode',
+           'token_batches', 'add_lora', 'model_fingerprint', 'keep_weights']
 
 # %% ../nbs/07_models.ipynb #bfe75221
 import logging
@@ -98,9 +98,13 @@ def embedded_gguf() -> Path:
         raise ValueError(f'{path} is damaged or another version. Rei{install} --force-reinstall')
     return path
 
+def embedded_folder_name() -> str:
+    "Name of the folder with the embedded model's weights and tokenizer"
+    return f'smollm2-135m-instruct-{EMBEDDED_SHA256[:8]}'
+
 def embedded_folder(cache_dir: Path | None = None) -> Path:  # in `cache_dir`, or Settings().MODEL_CACHE_DIR
     "The folder with the embedded model's weights and tokenizer, made on first use (about half a minute, 540 MB)"
-    folder = Path(cache_dir or Settings().MODEL_CACHE_DIR)/f'smollm2-135m-instruct-{EMBEDDED_SHA256[:8]}'
+    folder = Path(cache_dir or Settings().MODEL_CACHE_DIR)/embedded_folder_name()
     if folder.exists(): return folder
     gguf = embedded_gguf()
     print(f'Unpacking the embedded model to {folder} (once)')

@@ -362,18 +362,21 @@ class Kernel:
     "A process that executes notebooks, for one or one after the other; it ends with the block, or with this process"
     def __init__(
         self, keep: bool = False   # use a process for more than one notebook?
-    ): self.keep, self.manager, self.code, self.used = keep, None, {}, False
+    ):
+        self.keep, self.used = keep, False
+        self.manager: _ThisPython|None = None
+        self.code: dict[Path, tuple] = {}
     def __enter__(self): return self
     def __exit__(self, kind, *error): self.stop(now=kind is not None)
 
     def start(self):
         "Start a process, unless there is one that is alive and fresh, or may be kept and runs the present code"
         if not (self._is_alive() and (self.keep or not self.used) and self.code == _code_files()): self.stop()
-        if self.manager is None: self._start()
+        if self.manager is None: self.manager = self._started()
 
     def next(
         self, folder: Path    # with the log
-    ) -> AsyncKernelManager:
+    ) -> AsyncKernelManager|None:
         "The manager of a process for the next notebook, which knows nothing of the last"
         self.start()
         self.used = True
@@ -393,11 +396,12 @@ class Kernel:
 
     def _is_alive(self) -> bool: return self.manager is not None and run_sync(self.manager.is_alive)()
 
-    def _start(self):
-        self.manager, self.code, self.used = _ThisPython(kernel_name='python3'), _code_files(), False
+    def _started(self) -> _ThisPython:
+        manager, self.code, self.used = _ThisPython(kernel_name='python3'), _code_files(), False
         options = ['--log-level=CRITICAL', '--HistoryManager.hist_file=:memory:']
         environ = dict(os.environ, CORRNB_KEEP_WEIGHTS='1') if self.keep else dict(os.environ)
-        run_sync(self.manager.start_kernel)(extra_arguments=options, env=environ)
+        run_sync(manager.start_kernel)(extra_arguments=options, env=environ)
+        return manager
 
     def _run(self, code: str): run_sync(self._execute)(code)
 

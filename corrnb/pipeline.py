@@ -225,7 +225,7 @@ def run_stage(
     i = STAGES.index(stage.name)
     label = f'[{i+1}/{len(STAGES)}] {stage.name:8}'
     database = 'pairs' in stage.parameters and inputs.config.pairs == 'database'
-    same, done = _is_same(stage, inputs, folder, keep), read_marker(folder, stage.name)
+    same, done = _is_same(stage, inputs, folder, keep), read_marker(folder, stage.name) or {}
     if same and not (force or database): return say(f'{label}    unchanged, skipped')
     if not same: forget(folder, STAGES[i:])    # else what is there is good until something better takes its place
     say(label, '...', end='\n' if verbose or sys.stdout.isatty() else ' ')
