@@ -200,7 +200,7 @@ def main(
         sys.stdout.flush()
     except BrokenPipeError:                 # who reads the output has read enough, as `head -1` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
+        return 1                            # as typer does
     except Exception as e: return _report(e, '--verbose' in argv)
     if code: print('\nInterrupted. The same command goes on with the stage that was interrupted.', file=sys.stderr)
     return code or 0
