@@ -160,7 +160,7 @@ class RegressionAugmentedTrainer(Trainer):
                          on_grid_mass=mass/rows, tokens=tokens)
             logs['tokens_per_second'] = tokens/(time.perf_counter() - self._since)
             self._parts, self._since = None, time.perf_counter()
-        if 'train_loss' in logs and self._continued: logs['train_loss'] = self._mean_loss()   # not of its own steps alone
+        if 'train_loss' in logs and self._continued: logs['train_loss'] = self._mean_loss()   # of all steps
         super().log(logs, start_time)
         found = {n: round(x, 4) for n, x in logs.items() if isinstance(x, float)}
         logging.getLogger('corrnb').info('step %d of %d: %s', self.state.global_step, self.state.max_steps, found)
