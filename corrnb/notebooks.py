@@ -258,7 +258,9 @@ class _Logged(Screen):
         self.stage, self.folder = stage, folder
     def write(self, text: str):
         if self.stream: super().write(text)
-        lines = [x for x in scrub(text, self.secrets).replace(str(self.folder), '.').split('\n') if '\r' not in x]
+        here = str(Path(corrnb.__file__).parents[1]) + os.sep
+        text = scrub(text, self.secrets).replace(str(self.folder), '.').replace(here, '')   # no places of this machine
+        lines = [x for x in text.split('\n') if '\r' not in x]
         write_log(self.folder, '\n'.join(f'{self.stage}: {x}' for x in lines if x.strip() and '%|' not in x))
     def flush(self):
         if self.stream: super().flush()
