@@ -245,7 +245,7 @@ def run_stage(
 def _clock(stage: Stage, verbose: bool) -> Progress:
     "Seconds as they pass, on a terminal that shows nothing else"
     columns = TextColumn(f'{stage.name} is running'), TimeElapsedColumn()
-    screen = Console(file=Screen(sys.stdout))
+    screen = Console(file=Screen(sys.stdout), force_jupyter=False)
     bar = Progress(*columns, transient=True, console=screen, disable=verbose or not sys.stdout.isatty())
     bar.add_task('')
     return bar
