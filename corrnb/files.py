@@ -34,12 +34,14 @@ def fsync_tree(folder: str|Path):
 @contextmanager
 def hold(
     path: str|Path   # file or folder
-) -> Iterator[None]: # BlockingIOError if another process holds it
+) -> Iterator[bool]: # False on a disk that knows no locks; BlockingIOError if another process holds it
     "Mark a path as in use until the block, or the process, ends: the lock is the operating system's"
-    fd = os.open(path, os.O_RDONLY)
+    fd, locked = os.open(path, os.O_RDONLY), True
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: raise
+        except OSError: locked = False
+        yield locked
     finally: os.close(fd)
 
 def remove_dead(
@@ -51,7 +53,8 @@ def remove_dead(
     for p in Path(folder).glob(pattern):
         with suppress(OSError):   # held, just gone, or somebody else's
             if time.time() - p.stat().st_mtime < seconds: continue
-            with hold(p): shutil.rmtree(p) if p.is_dir() else p.unlink()
+            with hold(p) as locked:
+                if locked: shutil.rmtree(p) if p.is_dir() else p.unlink()
 
 _TEMPORARY = '.*.corrnb-' + '?'*12   # names of what is being written
 _CLEANED: set[Path] = set()          # folders in which this process has removed dead ones

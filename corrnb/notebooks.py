@@ -340,7 +340,7 @@ def _free_memory():
     if torch and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    if sys.platform == 'linux':
+    with suppress(AttributeError, OSError):   # where the system can do it
         ctypes.CDLL(None).malloc_trim(0)
         Path('/proc/self/clear_refs').write_text('5')   # the peak of memory counts from here
 
@@ -422,24 +422,31 @@ class Kernel:
 _MEMORY = ('OutOfMemoryError', 'MemoryError', "can't allocate memory", 'bad_alloc')
 _DISK = ('No space left', 'Disk quota', 'disk is full', 'Read-only file system')
 
-def _advice(text: str) -> str:
+def _free(folder: Path) -> str:
+    "A folder and the room there"
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    return f'{folder} ({shutil.disk_usage(there).free/1e9:.1f} GB free)'
+
+def _advice(text: str, folder: Path) -> str:
     "What to do about a message that many things may cause"
+    cache = Settings().MODEL_CACHE_DIR.absolute()
     if any(x in text for x in _MEMORY):
         return ('\nMemory ran out. Halve per_device_train_batch_size and double gradient_accumulation_steps: '
                 'the training stays the same and needs less.')
     if any(x in text for x in _DISK):
-        return ('\nNothing more can be written to the folder of the run, to MODEL_CACHE_DIR or to TMPDIR. Make room, '
-                'or name another place; the same command goes on with the stage that failed.')
-    if 'Permission denied' in text and str(Settings().MODEL_CACHE_DIR) in text:
+        places = ', '.join(map(_free, (folder, cache, Path(gettempdir()))))
+        return (f'\nOne of these is full or cannot be written: {places}. Make room, or name another place with '
+                '--runs-dir, MODEL_CACHE_DIR or TMPDIR; the same command goes on with the stage that failed.')
+    if 'Permission denied' in text and str(cache) in text:
         return '\nName a folder that you may write to: MODEL_CACHE_DIR in the environment or in .env.'
     return ''
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, folder: Path) -> str:
     "One or a few lines for what ended a notebook"
     if type(error).__name__ == 'DeadKernelError':
         return 'its Python process died; most often memory ran out (try a smaller batch size or limit)'
     name, value = (getattr(error, x, y) for x, y in (('ename', type(error).__name__), ('evalue', str(error))))
-    return f'{name}: {value}'.rstrip(': ') + _advice(f'{name}: {value}')
+    return f'{name}: {value}'.rstrip(': ') + _advice(f'{name}: {value}', folder)
 
 def execute_stage(
     stage: Stage,
@@ -457,7 +464,7 @@ def execute_stage(
     except PipelineError: raise
     except Exception as e:
         kernel.stop(now=True)
-        reason = scrub(_reason(e), secrets)
+        reason = scrub(_reason(e, folder), secrets)
         raise PipelineError(f'{stage.name} failed: {reason}\nThe notebook as far as it came: {out}') from e
     if stage.name in REPORTS: _write_report(out, folder, secrets)
     return out
