@@ -437,7 +437,7 @@ def _advice(text: str, folder: Path) -> str:
         places = ', '.join(map(_free, (folder, cache, Path(gettempdir()))))
         return (f'\nOne of these is full or cannot be written: {places}. Make room, or name another place with '
                 '--runs-dir, MODEL_CACHE_DIR or TMPDIR; the same command goes on with the stage that failed.')
-    if 'Permission denied' in text and str(cache) in text:
+    if '[Errno' in text and str(cache) in text:
         return '\nName a folder that you may write to: MODEL_CACHE_DIR in the environment or in .env.'
     return ''
 
