@@ -16,7 +16,7 @@ bin = Path(sys.executable).parent
 one_thread = {f'{lib}_NUM_THREADS': '1' for lib in ('OMP', 'MKL', 'OPENBLAS')}
 env = os.environ | one_thread | {'TOKENIZERS_PARALLELISM': 'false', 'HF_HUB_OFFLINE': '1', 'CUDA_VISIBLE_DEVICES': '',
                                  'PATH': f"{bin}{os.pathsep}{os.environ['PATH']}"}
-settings = 'DATABASE_URL PGHOST PGDATABASE MODEL_NAME USE_4BIT RAG_TOP_K MAX_NEW_TOKENS TEMPERATURE'
+settings = 'DATABASE_URL PGHOST PGDATABASE MODEL_NAME USE_4BIT RAG_TOP_K MAX_NEW_TOKENS TEMPERATURE ONE_KERNEL'
 for name in settings.split(): env.pop(name, None)
 
 
@@ -69,8 +69,9 @@ def same(here, made, advice):
     assert not differ, f"{', '.join(differ)} out of date: {advice}"
 
 def everything(*folders):
-    "Content and time of the files below folders, but for locks and the record of the last command"
-    files = [p for f in folders for p in f.rglob('*') if p.is_file() and p.name not in ('.lock', 'params.json')]
+    "Content and time of the files below folders, but for locks, the log and the record of the last command"
+    other = '.lock', 'run.log', 'params.json'
+    files = [p for f in folders for p in f.rglob('*') if p.is_file() and p.name not in other]
     return {p: (p.stat().st_mtime, p.read_bytes()) for p in files}
 
 def difference(a, b):

@@ -38,15 +38,18 @@ def test_run_leaves_everything_and_is_not_repeated(tiny):
 
 @pytest.mark.seconds(60)
 def test_killed_and_continued(tiny, tmp_path):
-    "Afresh, killed in its training and continued, a run gives the same metrics"
+    "Afresh, killed in its training and continued, a run gives the same metrics, also in one process a notebook"
     runs = shutil.copytree(tiny.runs, tmp_path/'runs')
     run = runs/tiny.run.name
     assert not list(run.glob('checkpoints/*/complete.json')), 'a finished run has kept its checkpoints'
     process = start(*TINY, '--runs-dir', runs, '--fresh')
     wait_for_checkpoint(run, process)
+    kernels = process.children(recursive=True)
     process.kill()
     process.wait()
-    output = call(*TINY, '--runs-dir', runs)
+    left = psutil.wait_procs(kernels, timeout=3)[1]   # a kernel looks for its parent every second
+    assert kernels and not left, 'the kernel of a killed run has not ended'
+    output = call(*TINY, '--runs-dir', runs, more_env={'ONE_KERNEL': 'false'})
     assert output.count('unchanged, skipped') == 2, f'the killed run did not go on with its training:\n{output}'
     gap = difference(tiny.metrics, read_metrics(run))
     assert gap <= 1e-6, f'the same seed, killed and continued, gave other metrics, by {gap:.2g}'

@@ -9,7 +9,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from project import bin, call, pages, root
 
 modules = {p.stem: p for p in sorted((root/'corrnb').glob('*.py')) if not p.name.startswith('_')}
-numbers = {p.stem[3:]: int(p.stem[:2]) for p in (root/'nbs').glob('[0-9][0-9]_*.ipynb')}
+numbers = dict(p.stem.split('_', 1)[::-1] for p in (root/'nbs').glob('[0-9][0-9]*_*.ipynb'))   # as text: 05, 05a, 06
 typed = ['files', 'splits', 'parameters', 'manifests', 'batches', 'comparisons', 'baselines', 'intervals', 'plots',
          'stages', 'notebooks', 'testing', 'relations']
 
@@ -26,7 +26,8 @@ def sources():
         yield p.relative_to(root).as_posix(), ast.parse(p.read_text()), '' if p in scripts else p.stem
     plain = TransformerManager().transform_cell  # %magic and !command are no Python
     for p in pages():
-        room = p.stem[3:] if p.stem[3:] in numbers and p.parent == root/'nbs' else ''
+        name = p.stem.split('_', 1)[-1]
+        room = name if name in numbers and p.parent == root/'nbs' else ''
         yield p.relative_to(root).as_posix(), ast.parse('\n'.join(plain(cell) for cell in code_cells(p))), room
 
 def imports(tree):
@@ -42,7 +43,7 @@ def imports(tree):
 
 def upward(room, tree):
     "Rooms with larger numbers that a room imports"
-    return sorted({other for other, _, _ in imports(tree) if numbers.get(other, -1) > numbers[room]})
+    return sorted({other for other, _, _ in imports(tree) if numbers.get(other, '') > numbers[room]})
 
 def is_private(name): return bool(re.match('_[^_]', name or ''))
 

@@ -1,6 +1,5 @@
 "Sweeps with the tiny model: killed and continued, moved, reported to trackers, side by side in Ray, a worker killed"
 import contextlib
-import time
 from types import SimpleNamespace
 
 import psutil
@@ -16,6 +15,10 @@ def sweep_command(folder, *options):
     "`corrnb sweep` into a folder"
     return (bin/'corrnb', 'sweep', '--profile', 'tiny', '--name', folder.name, '--runs-dir', folder.parent,
             '-p', 'regression_loss_weight', '0,10', *options)
+
+def changed(before, after):
+    "Names of files that are not as before; to compare their contents in an assertion would take minutes to print"
+    return sorted(p.name for p in before.keys() | after.keys() if before.get(p) != after.get(p))
 
 def metrics_of(sweep):
     "Metrics of the runs of a sweep"
@@ -41,7 +44,7 @@ def killed(tmp_path_factory):
 @pytest.mark.seconds(90)
 def test_finished_parts_are_not_repeated(killed):
     "A sweep killed half-way and typed again repeats nothing that was done"
-    assert killed.before == killed.after, 'a finished part of the sweep was done again'
+    assert not changed(killed.before, killed.after), 'a finished part of the sweep was done again'
     assert killed.output.count('unchanged, skipped') == 2 and '2/2' in killed.output, killed.output
 
 @pytest.mark.seconds(10)
@@ -69,33 +72,20 @@ def ray_worker(run):
 
 @pytest.mark.seconds(120)
 def test_worker_of_ray_is_killed(killed, tmp_path):
-    "One of two Ray workers is killed, the other goes on; typed again, the metrics are those of one after the other"
+    "Of two runs side by side in Ray one is killed, the other goes on; typed again, metrics as of one after the other"
     sweep, log = tmp_path/'ray', tmp_path/'log'
     with log.open('w') as f: process = start(*sweep_command(sweep, '--workers', '2'), output=f)
     wait_for_checkpoint(sweep/'runs'/SECOND, process)
+    first = sweep/'runs'/FIRST
+    side_by_side = (first/'params.json').exists() and not (first/'stages'/'evaluate.json').exists()
     for p in ray_worker(sweep/'runs'/SECOND): p.kill()
+    assert side_by_side, 'one after the other'
     assert process.wait() == 1, f'it does not say that a run failed:\n{log.read_text()}'
     said = log.read_text()
     assert '1 of 2 runs failed' in said and f'{SECOND}: its Ray task died' in said, said
-    first = sweep/'runs'/FIRST
     before = everything(first)
     assert first/'stages'/'evaluate.json' in before, "the other worker's run has not ended"
     output = call(*sweep_command(sweep, '--workers', '2'))
-    assert before == everything(first), 'the finished run was done again'
+    assert not changed(before, everything(first)), 'the finished run was done again'
     gap = difference(metrics_of(killed.folder), metrics_of(sweep))
     assert gap <= 1e-6, f'the metrics differ, by {gap:.2g}:\n{output}'
-
-@pytest.mark.seconds(70)
-def test_side_by_side_in_ray(killed, tmp_path):
-    "Runs of a sweep side by side in Ray give the metrics of one after the other"
-    sweep, begin = tmp_path/'ray', time.time()
-    call(*sweep_command(sweep, '--workers', '2'))
-    gap = difference(metrics_of(killed.folder), metrics_of(sweep))
-    assert gap <= 1e-6, f'the metrics differ, by {gap:.2g}'
-    marks = [read_times(sweep/'runs'/name, begin) for name in (FIRST, SECOND)]
-    assert max(m[0] for m in marks) < min(m[1] for m in marks), f'one after the other: {marks}'
-
-def read_times(run, begin):
-    "When a run began and when it ended, in seconds"
-    files = [p.stat().st_mtime - begin for p in run.rglob('*') if p.is_file()]
-    return (run/'params.json').stat().st_mtime - begin, max(files)

@@ -6,18 +6,43 @@
 __all__ = ['Settings', 'url_secrets']
 
 # %% ../nbs/00_config.ipynb #42cb8040
+import codecs
+import io
+import os
+import re
 from pathlib import Path
 from typing import Annotated
 
+from dotenv.main import resolve_variables
+from dotenv.parser import parse_stream
 from pydantic import AfterValidator, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import URL, make_url
 
+# %% ../nbs/00_config.ipynb #denv0002
+def _read_text(path: Path) -> str:
+    "Text of a file in UTF-8, or in what its byte order mark says; ValueError for anything else"
+    data = path.read_bytes()
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try: text = data.decode('utf-16' if utf16 else 'utf-8-sig')
+    except UnicodeDecodeError: text = '\0'
+    if '\0' not in text: return text
+    raise ValueError(f'{path.absolute()} is no text in UTF-8: save it with this encoding')
+
+def _read_env_file(path: Path) -> dict[str, str]:
+    "Values of a `.env` file, none where there is no file"
+    if not path.is_file(): return {}
+    kept = []
+    for b in parse_stream(io.StringIO(_read_text(path))):
+        literal = re.match(r"[^=]*=\s*'", b.original.string)
+        if b.key and b.value: kept.append((b.key, b.value.replace('${', '$\0{') if literal else b.value))
+    return {n: v.replace('\0', '') for n, v in resolve_variables(kept, override=True).items() if v}
+
 # %% ../nbs/00_config.ipynb #6b1991d6
 class Settings(BaseSettings):
     "Settings of corrnb, read from the environment and `.env`"
-    model_config = SettingsConfigDict(env_file='.env', env_file_encoding='utf-8', extra='ignore', case_sensitive=True,
-                                      hide_input_in_errors=True, env_ignore_empty=True, protected_namespaces=())
+    model_config = SettingsConfigDict(extra='ignore', case_sensitive=True, hide_input_in_errors=True,
+                                      env_ignore_empty=True, protected_namespaces=())
     PGHOST: str|None = None          # PostgreSQL server, or the folder of its socket
     PGPORT: int = 5432
     PGDATABASE: str|None = None      # with neither host nor database: the SQLite file
@@ -34,6 +59,15 @@ class Settings(BaseSettings):
     MAX_NEW_TOKENS: int = 256        # for the written reasons, not for the number
     TEMPERATURE: float = 0.7         # for the written reasons, not for the number
     RAG_TOP_K: int = 5
+    ONE_KERNEL: bool = True          # execute the notebooks of a run in one process
+
+    def __init__(
+        self,
+        _env_file: str|Path|None = '.env',   # None: the environment alone
+        **values                             # settings that win over both
+    ):
+        found = _read_env_file(Path(_env_file)) if _env_file else {}
+        super().__init__(**{n: v for n, v in found.items() if not os.environ.get(n)} | values)
 
     @property
     def database_url(self) -> URL:

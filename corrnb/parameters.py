@@ -223,12 +223,18 @@ def _absolute(name: str, value: str) -> str:
     if path.is_file(): return str(path)
     raise ParameterError(f'{name}: no file {path}')
 
+def _absolute_folder(name: str) -> str:
+    "A model's name; an absolute path where that is a folder here"
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else name
+
 def check_parameters(
     values: dict      # of parameters, by name
 ) -> RunConfig:       # with them, file names made absolute; ParameterError lists all problems, one a line
     "Values of parameters as a configuration"
     problems = [p for name in values if (p := _problem(str(name)))]
     values = {n: v for n, v in values.items() if n in PARAMETERS}
+    if 'model_name' in values: values['model_name'] = _absolute_folder(str(values['model_name']))
     for name in set(FILES) & set(values):
         try: values[name] = _absolute(name, str(values[name]))
         except ParameterError as e: problems.append(str(e))

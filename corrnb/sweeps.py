@@ -26,8 +26,9 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .config import Settings
 from .files import atomic_write, content_hash, require
-from .notebooks import REPORTS, STAGES, Stage, execute_stage, load_stages, read_stage, stage_folder
+from .notebooks import REPORTS, STAGES, Kernel, Stage, execute_stage, load_stages, read_stage, stage_folder
 from .parameters import FILES, PARAMETERS, ParameterError, PipelineError, RunConfig, check_parameters, describe
 from corrnb.pipeline import (
     Inputs,
@@ -120,15 +121,18 @@ def take_base(
 # %% ../nbs/28_sweeps.ipynb #550bf21c
 def run_combination(
     run: Combination,
-    sweep: Sweep
+    sweep: Sweep,
+    kernel: Kernel|None = None   # None: one for this run
 ) -> str|None:   # what went wrong, if anything
     "Train and evaluate one combination of a sweep"
+    if kernel is None:
+        with Kernel(Settings().ONE_KERNEL) as kernel: return run_combination(run, sweep, kernel)
     quiet = nullcontext() if sweep.verbose else redirect_stdout(io.StringIO())
     try:
         with run_folder(sweep.folder/'runs'/run.name) as own, quiet:
             write_params(own, run.inputs)
             take_base(sweep.base(run.inputs), own)
-            for stage in sweep.stages[2:]: run_stage(stage, run.inputs, own, verbose=sweep.verbose)
+            for stage in sweep.stages[2:]: run_stage(stage, run.inputs, own, False, sweep.verbose, kernel)
     except PipelineError as e: return str(e)
     return None
 
@@ -138,19 +142,20 @@ def is_done(run: Combination, sweep: Sweep) -> bool:
     if not all(is_current(stage, run.inputs, own) for stage in sweep.stages): return False
     return read_marker(own, 'index')['data'] == read_marker(sweep.base(run.inputs), 'index')['data']
 
-def _prepare_bases(runs: list[Combination], sweep: Sweep):
+def _prepare_bases(runs: list[Combination], sweep: Sweep, kernel: Kernel):
     "Rows and index for all combinations, once for those that share them"
     bases = {sweep.base(run.inputs): run.inputs for run in runs}
     for i, (folder, inputs) in enumerate(bases.items()):
         print('Rows and index' + (f', {i+1} of {len(bases)}' if len(bases) > 1 else ' for all runs'), flush=True)
         with run_folder(folder) as own:
             write_params(own, inputs)
-            for stage in sweep.stages[:2]: run_stage(stage, inputs, own, verbose=sweep.verbose)
+            for stage in sweep.stages[:2]: run_stage(stage, inputs, own, False, sweep.verbose, kernel)
 
 # %% ../nbs/28_sweeps.ipynb #7eeca8f1
-def _run_all(runs: list[Combination], todo: list[Combination], sweep: Sweep, workers: int) -> dict[str, str]:
+def _run_all(runs: list[Combination], todo: list[Combination], sweep: Sweep, workers: int, kernel: Kernel) -> dict:
     "Run combinations under one bar; what went wrong, by name"
-    engine = _with_ray(todo, sweep, workers) if workers > 1 else ((run, run_combination(run, sweep)) for run in todo)
+    if workers > 1: engine = _with_ray(todo, sweep, workers)
+    else: engine = ((run, run_combination(run, sweep, kernel)) for run in todo)
     failed, before, live = {}, len(runs) - len(todo), sys.stderr.isatty()
     console = Console(stderr=True, force_jupyter=False, force_terminal=live)
     columns = TextColumn('sweep'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True)
@@ -213,14 +218,16 @@ def run_sweep(
     training = [n for n in swept if n in stages[2].parameters and n not in early]   # matter to training alone
     all_inputs = [run.inputs.config.values() | run.inputs.digests for run in runs]
     name = checked_name(name) or f'sweep-{runs[0].inputs.profile}-{content_hash(all_inputs, n=8)}'
-    with run_folder(Path(runs_dir).resolve()/name, fresh, SWEEP) as folder:
+    path = Path(runs_dir).resolve()/name
+    with run_folder(path, fresh, SWEEP) as folder, Kernel(Settings().ONE_KERNEL) as kernel:
         sweep, profile = Sweep(folder, stages, verbose), runs[0].inputs.profile
         record = dict(profile=profile, swept=swept, training=training, runs=[run.name for run in runs])
         atomic_write(folder/SWEEP, json.dumps(record, indent=1) + '\n')
         print(f'Sweep folder: {folder}', flush=True)
-        _prepare_bases(runs, sweep)
-        failed = _run_all(runs, [run for run in runs if not is_done(run, sweep)], sweep, workers)
-        if len(failed) < len(runs): compare_sweep(folder, verbose, notebooks)
+        _prepare_bases(runs, sweep, kernel)
+        if workers > 1: kernel.stop()   # the workers have their own
+        failed = _run_all(runs, [run for run in runs if not is_done(run, sweep)], sweep, workers, kernel)
+        if len(failed) < len(runs): compare_sweep(folder, verbose, notebooks, kernel)
     if not failed: return folder
     lines = [f'{len(failed)} of {len(runs)} runs failed; the same command tries them again.']
     raise PipelineError('\n'.join(lines + [f'{name}: {error}' for name, error in failed.items()]))
@@ -361,13 +368,14 @@ def find_sweep(
 def compare_sweep(
     folder: Path,                     # sweep folder, absolute
     verbose: bool = False,            # show what the notebook prints?
-    notebooks: str|Path|None = None   # folder of the stage notebooks; None: those of the library
+    notebooks: str|Path|None = None,  # folder of the stage notebooks; None: those of the library
+    kernel: Kernel|None = None        # None: one for this notebook
 ) -> Path:                            # the page; PipelineError if no run has finished
     "Execute the notebook that compares the finished runs of a sweep"
     runs = json.loads((folder/SWEEP).read_text())['runs']
     if not any(read_marker(folder/'runs'/name, 'evaluate') for name in runs):
         raise PipelineError(f'No run of {folder} has finished')
-    execute_stage(read_stage(stage_folder(notebooks)/'compare.ipynb'), RunConfig(), folder, verbose)
+    execute_stage(read_stage(stage_folder(notebooks)/'compare.ipynb'), RunConfig(), folder, verbose, kernel)
     if (table := folder/'comparison.txt').exists(): print('', table.read_text().rstrip(), sep='\n')
     print(f"\nComparison: {folder/REPORTS['compare']}", flush=True)
     return folder/REPORTS['compare']

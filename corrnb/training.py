@@ -7,6 +7,7 @@ __all__ = ['RegressionAugmentedTrainer', 'make_trainer']
 
 # %% ../nbs/17_training.ipynb #477582cf
 import json
+import logging
 import os
 import shutil
 import time
@@ -109,7 +110,10 @@ class RegressionAugmentedTrainer(Trainer):
                          on_grid_mass=mass/rows, tokens=tokens)
             logs['tokens_per_second'] = tokens/(time.perf_counter() - self._since)
             self._parts, self._since = None, time.perf_counter()
+        if 'train_loss' in logs and self._continued: logs['train_loss'] = self._mean_loss()   # of all steps
         super().log(logs, start_time)
+        found = {n: round(x, 4) for n, x in logs.items() if isinstance(x, float)}
+        logging.getLogger('corrnb').info('step %d of %d: %s', self.state.global_step, self.state.max_steps, found)
 
 # %% ../nbs/17_training.ipynb #318c8462
 @patch
@@ -161,6 +165,12 @@ def _share_fitted(self: RegressionAugmentedTrainer):
     at, fitted = self.accelerator.gather(mine.to(self.accelerator.device)).cpu().numpy().astype(float).swapaxes(0, 1)
     newest = at.argmax(0)[None]
     self.fitted_at, self.fitted = (np.take_along_axis(x, newest, 0)[0] for x in (at, fitted))
+
+@patch
+def _mean_loss(self: RegressionAugmentedTrainer) -> float:
+    "Mean loss of all logged steps, those before an interruption included"
+    lines = [line for line in self.state.log_history if 'loss' in line]
+    return np.average([x['loss'] for x in lines], weights=np.diff([0, *(x['step'] for x in lines)])).item()
 
 @patch
 def _save(self: RegressionAugmentedTrainer, output_dir=None, state_dict=None):
@@ -244,7 +254,7 @@ def train(
     while True:
         if start: self.fitted = np.load(Path(start)/'fitted.npy', allow_pickle=False)
         set_seed(self.args.seed)
-        self._parts, self._since = None, time.perf_counter()
+        self._parts, self._since, self._continued = None, time.perf_counter(), bool(start)
         try: result = super(RegressionAugmentedTrainer, self).train(str(start) if start else None, **kwargs)
         except RuntimeError as e:
             if not should_reduce_batch_size(e): raise
