@@ -364,17 +364,22 @@ def _read_csv(path: Path) -> pd.DataFrame:
     open_text = gzip.open if path.suffix.lower() == '.gz' else open
     with open_text(path, 'rt', encoding='utf-8-sig') as f: header = f.readline()
     sep = max(',;\t', key=header.count)
-    written = next(csv.reader([header], delimiter=sep), [])
-    names = [n.strip() for n in written]
+    names = [n.strip() for n in next(csv.reader([header], delimiter=sep), [])]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice: raise ValueError(f'two columns are called {", ".join(twice)}')
     kinds = column_kinds(ContractCorrelation) | column_kinds(Contract)
     text = {c: str for c, kind in kinds.items() if kind in (NAME, TEXT)}
-    missing = {c: [''] if c.strip() in text else NO_NUMBER for c in written}
     with warnings.catch_warnings():
         warnings.simplefilter('error', pd.errors.ParserWarning)
-        return pd.read_csv(path, sep=sep, decimal=',' if sep == ';' else '.', encoding='utf-8-sig', dtype=text,
-                           na_values=missing, keep_default_na=False, index_col=False, low_memory=False)
+        frame = pd.read_csv(path, sep=sep, decimal=',' if sep == ';' else '.', encoding='utf-8-sig', dtype=text,
+                            na_values=[''], keep_default_na=False, index_col=False, low_memory=False)
+    return frame.assign(**{c: _numbers(frame[c]) for c in frame.select_dtypes(['object', 'string']) if c not in text})
+
+def _numbers(column: pd.Series) -> pd.Series:
+    "A column of numbers in which words stand for missing ones, as numbers; any other as it is"
+    bare = column.mask(column.isin(NO_NUMBER))
+    numbers = pd.to_numeric(bare, errors='coerce')
+    return numbers if numbers.notna().sum() == bare.notna().sum() > 0 else column
 
 NO_NUMBER = ['', 'NA', 'N/A', '#N/A', 'n/a', '<NA>', 'NaN', 'nan', '-NaN', '-nan', 'NULL', 'null', 'None']
 
