@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEAST_ERROR', 'NAMES', 'STATISTICS', 'ESTIMATORS', 'BLOCK_PAIRS', 'BLOCK_LENGTH', 'ROTATIONS', 'MAX_PAIRS',
            'MAX_CHANGES', 'compiled', 'common_changes', 'correlation_errors', 'pair_block', 'LabelRules',
-           'measure_block', 'label_blocks', 'pair_correlations', 'filter_table', 'label_reliability',
+           'measure_block', 'label_blocks', 'measure_pairs', 'pair_correlations', 'filter_table', 'label_reliability',
            'price_reliability']
 
 # %% ../nbs/05_labels.ipynb #d3d505b5
@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -142,8 +141,8 @@ def _overlapping(ta, va, tb, vb, longest):
     rho = product / together / np.sqrt(of_a[2] / of_a[3] * of_b[2] / of_b[3])
     rho, r = min(1.0, max(-1.0, rho)), min(0.99, max(-0.99, rho))**2
     variance = (area + r * (of_a[4] + of_b[4] - squares)) / together**2 + r**2 * squares / (of_a[3] * of_b[3])
-    for time, square in ((of_a[3], of_a[4]), (of_b[3], of_b[4])):
-        variance += r * square / time * (0.5 / time - 2 / together)
+    for span, square in ((of_a[3], of_a[4]), (of_b[3], of_b[4])):
+        variance += r * square / span * (0.5 / span - 2 / together)
     stale = 1 - (of_a[1] + of_b[1]) / (of_a[0] + of_b[0])
     return np.array([n, rho, of_a[1], of_b[1], float(both), stale, largest / cross, variance])
 
@@ -295,6 +294,15 @@ def _pair_ends(series: PriceSeries, pairs: pd.DataFrame) -> tuple[np.ndarray, pd
     ids = pairs[NAMES].assign(**{name: map_unique(pairs[name], NAME.read) for name in NAMES})
     return np.column_stack([series.ids.get_indexer(ids[name]) for name in NAMES]), ids
 
+def measure_pairs(
+    series: PriceSeries,
+    pairs: pd.DataFrame,     # columns contract_a_id, contract_b_id
+    rules: LabelRules
+) -> pd.DataFrame:           # contract ids and what `measure_block` gives, in the order and with the index of `pairs`
+    "Labels of some pairs"
+    ends, ids = _pair_ends(series, pairs)
+    return pd.concat([ids, measure_block(series, ends, rules).set_axis(ids.index)], axis=1)
+
 def pair_correlations(
     prices: pd.DataFrame,               # long: columns contract_id, ts, price
     pairs: pd.DataFrame | None = None,  # columns contract_a_id, contract_b_id; None: all pairs of contracts in `prices`
@@ -314,16 +322,20 @@ def pair_correlations(
     "Correlation of the price changes of each pair with its standard error. ValueError names a bad price."
     rules = LabelRules(max_gap, last, min_changes, min_moves, min_joint_moves, max_share, estimator)
     series = price_series(prices, transform, bounds, resample)
-    if pairs is None: ends = pair_block(n := len(series.ids), 0, n * (n - 1) // 2)
-    else: ends, ids = _pair_ends(series, pairs)
-    if pairs is None: ids = pd.DataFrame({name: series.ids.to_numpy()[ends[:, i]] for i, name in enumerate(NAMES)})
-    return pd.concat([ids, measure_block(series, ends, rules).set_axis(ids.index)], axis=1)
+    if pairs is not None: return measure_pairs(series, pairs, rules)
+    n, ids = len(series.ids), series.ids.to_numpy()
+    ends = pair_block(n, 0, n * (n - 1) // 2)
+    names = pd.DataFrame({name: ids[ends[:, i]] for i, name in enumerate(NAMES)})
+    return pd.concat([names, measure_block(series, ends, rules)], axis=1)
 
 # %% ../nbs/05_labels.ipynb #694d0790
-def filter_table(labels: pd.DataFrame) -> pd.DataFrame:  # a row a filter: pairs dropped by it, and pairs left after it
-    "What each filter of `pair_correlations` dropped, from its result."
-    dropped = labels['reason'].value_counts(sort=False).drop('').rename_axis('filter').rename('dropped')
-    return dropped.to_frame().assign(left=len(labels) - dropped.cumsum())
+def filter_table(
+    labels: pd.DataFrame|pd.Series   # as from `pair_correlations`; or the number of its rows by `reason`
+) -> pd.DataFrame:                   # a row a filter: pairs dropped by it, and pairs left after it
+    "What each filter dropped"
+    counts = labels if isinstance(labels, pd.Series) else labels['reason'].value_counts(sort=False)
+    dropped = counts.drop('').rename_axis('filter').rename('dropped')
+    return dropped.to_frame().assign(left=counts.sum() - dropped.cumsum())
 
 # %% ../nbs/05_labels.ipynb #7015b5c8
 def label_reliability(

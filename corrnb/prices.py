@@ -561,6 +561,7 @@ def price_series(
         order = np.lexsort([times, codes])
         codes, times, values = codes[order], times[order], values[order]
     names = ids.cat.categories.rename('contract_id')
+    times, values = (np.require(v, requirements=['C', 'W']) for v in (times, values))   # one kind: compiled once
     series = PriceSeries(names, np.searchsorted(codes, range(len(names) + 1)), times, values)
     again = np.append((codes[1:] == codes[:-1]) & (times[1:] == times[:-1]), False)
     if again.any(): series = _last_of_each(series, codes, again)
