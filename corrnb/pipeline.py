@@ -56,7 +56,12 @@ class Inputs:
 
 def file_digests(config: RunConfig) -> dict[str, str]:
     "SHA-256 of the files that parameters name"
-    return {n: sha256(path) for n in FILES if (path := getattr(config, n)) not in NO_FILES}
+    return {n: _digest(Path(path)) for n in FILES if (path := getattr(config, n)) not in NO_FILES}
+
+def _digest(path: Path) -> str:
+    "SHA-256 of a file, a hash of the files of a folder"
+    if path.is_file(): return sha256(path)
+    return content_hash([(str(p.relative_to(path)), sha256(p)) for p in sorted(path.rglob('*')) if p.is_file()])
 
 def read_inputs(
     profile: str,        # name of a profile, or the path of a .yaml file
