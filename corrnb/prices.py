@@ -444,13 +444,20 @@ def _recognize_files(source: Path, hints: Hints) -> tuple[list[Found], list[str]
     return found, lines
 
 def _categories(ids: pd.Series) -> pd.Series:
-    "Contract ids as text, so that 7 in one file is '7' in another, each kept once"
-    return map_unique(ids, NAME.read).astype('category')
+    "Contract ids as text, so that 7 in one file is '7' in another, each kept once and sorted"
+    if not isinstance(ids.dtype, pd.CategoricalDtype): return map_unique(ids, NAME.read).astype('category')
+    old = ids.cat.categories
+    names = pd.Index([NAME.read(i) for i in old])
+    if names.equals(old) and names.is_monotonic_increasing: return ids
+    categories = pd.Index(sorted(set(names.dropna())))
+    places = np.append(categories.get_indexer(names), -1)
+    return pd.Series(pd.Categorical.from_codes(places[ids.cat.codes], categories), ids.index)
 
 def _summary(prices: pd.DataFrame, empty: list[str]) -> list[str]:
     "What there is, and the contracts of which little is known"
     by = prices.groupby('contract_id', observed=True)['price']
-    count, moves = by.count(), by.max() > by.min()
+    least, most = by.min(), by.max()
+    count, moves = prices['contract_id'].value_counts(sort=False), most > least
     empty = [*(i for i in dict.fromkeys(empty) if i not in count.index), *count.index[count == 0]]
     days = prices['ts'].agg(['min', 'max']).dt.date
     lines = [f'{len(prices):,} prices of {named(count.index[count > 0])}, {days["min"]} to {days["max"]}']
