@@ -175,9 +175,9 @@ def _inspect(
     unit: Unit = None, time_unit: TimeUnit = None, verbose: Verbose = False
 ):
     "look at prices: what they are, how complete, the strongest and most doubtful pairs"
-    from corrnb.inspect import inspect_prices  # loads pandas and matplotlib
-    hints = time_column, price_column, contract_column, unit, time_unit
-    print(f'Page: {inspect_prices(prices, contracts, *hints).save(out)}')
+    from corrnb.inspection import inspect_prices  # loads pandas and matplotlib
+    page = inspect_prices(prices, contracts, time_column, price_column, contract_column, unit, time_unit)
+    print(*page.lines, f'Page: {page.save(out)}', sep='\n')
 
 # %% ../nbs/30_cli.ipynb #c57c7f49
 def _version(wanted: bool):
