@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_TEXT', 'SIDES', 'TITLES', 'ROUNDING', 'EPOCH_UNITS', 'NAME', 'TEXT', 'JSON', 'NUMBER', 'TIMESTAMP', 'INTEGER',
-           'BOOLEAN', 'BLOCK', 'NO_NUMBER', 'clean_text', 'text_key', 'pair_key', 'map_unique', 'add_pair_keys',
-           'PairError', 'epoch_unit', 'Kind', 'column_kinds', 'read_column', 'check_rows', 'plain_numbers',
-           'check_pairs', 'check_table', 'read_file', 'read_pairs', 'import_file']
+           'BOOLEAN', 'BLOCK', 'NO_NUMBER', 'CONTRACT_FIELDS', 'clean_text', 'text_key', 'pair_key', 'map_unique',
+           'add_pair_keys', 'PairError', 'epoch_unit', 'Kind', 'column_kinds', 'read_column', 'check_rows',
+           'plain_numbers', 'check_pairs', 'check_table', 'read_file', 'read_pairs', 'import_file']
 
 # %% ../nbs/03_data.ipynb #93c63e09
 import csv
@@ -373,12 +373,13 @@ def _read_csv(path: Path) -> pd.DataFrame:
         warnings.simplefilter('error', pd.errors.ParserWarning)
         frame = pd.read_csv(path, sep=sep, decimal=',' if sep == ';' else '.', encoding='utf-8-sig', dtype=text,
                             na_values=[''], keep_default_na=False, index_col=False, low_memory=False)
-    return frame.assign(**{c: _numbers(frame[c]) for c in frame.select_dtypes(['object', 'string']) if c not in text})
+    words = [c for c in frame.select_dtypes(['object', 'string']) if c not in text]
+    return frame.assign(**{c: _numbers(frame[c], ',' if sep == ';' else '.') for c in words})
 
-def _numbers(column: pd.Series) -> pd.Series:
+def _numbers(column: pd.Series, decimal: str) -> pd.Series:
     "A column of numbers in which words stand for missing ones, as numbers; any other as it is"
     bare = column.mask(column.isin(NO_NUMBER))
-    numbers = pd.to_numeric(bare, errors='coerce')
+    numbers = pd.to_numeric(bare if decimal == '.' else bare.astype(str).str.replace(decimal, '.'), errors='coerce')
     return numbers if numbers.notna().sum() == bare.notna().sum() > 0 else column
 
 NO_NUMBER = ['', 'NA', 'N/A', '#N/A', 'n/a', '<NA>', 'NaN', 'nan', '-NaN', '-nan', 'NULL', 'null', 'None']
@@ -404,33 +405,35 @@ def read_file(path: str|Path) -> pd.DataFrame:
     return frame.rename(columns=lambda c: str(c).strip())
 
 # %% ../nbs/03_data.ipynb #fae64652
-def _add_events(pairs: pd.DataFrame, contracts: str|Path) -> pd.DataFrame:
-    "Checked pairs with the event ids of both contracts, from a file with `contract_id` and `event_id`"
+def _add_contracts(pairs: pd.DataFrame, contracts: str|Path) -> pd.DataFrame:
+    "Checked pairs with what a file with `contract_id` and `event_id` says about both contracts"
     ids = ['contract_a_id', 'contract_b_id']
     missing = [c for c in ids if c not in pairs]
     if missing: raise PairError([f'a contracts file needs {", ".join(missing)} in the pairs'])
-    frame, columns = read_file(contracts), ['contract_id', 'event_id']
-    _need(frame, columns)
-    event = check_table(frame[columns], Contract, needed=['contract_id']).set_index('contract_id').event_id
-    known = {}
+    frame = read_file(contracts)
+    _need(frame, ['contract_id', 'event_id'])
+    fields = [c for c in CONTRACT_FIELDS if c in frame]
+    known = check_table(frame[['contract_id', *fields]], Contract, needed=['contract_id']).set_index('contract_id')
     for c in ids:
-        name = c.replace('_id', '_event_id')
-        events = pairs[c].map(event)
-        pairs = pairs.assign(**{name: pairs[name].fillna(events) if name in pairs else events})
-        known |= dict(zip(pairs[c], pairs[name].notna()))
-    print(f'the event of {sum(known.values())} of {len(known)} contracts is known')
+        for field in fields:
+            name, values = c.replace('_id', f'_{field}'), pairs[c].map(known[field])
+            pairs = pairs.assign(**{name: pairs[name].astype(object).fillna(values) if name in pairs else values})
+    events = pd.concat([pairs.set_index(c)[c.replace('_id', '_event_id')] for c in ids]).groupby(level=0).first()
+    print(f'the event of {events.notna().sum()} of {len(events)} contracts is known')
     return pairs
+
+CONTRACT_FIELDS = ('event_id', 'category', 'description', 'open_date', 'close_date')   # that pairs take from a file
 
 def read_pairs(
     source: str|Path,              # 'database', or a .csv, .csv.gz or .parquet file
     target: str,                   # column to predict
-    contracts: str|Path|None=None  # file with `contract_id` and `event_id`, for splits by event
+    contracts: str|Path|None=None  # file with `contract_id` and `event_id`, for splits by event, and further fields
 ) -> pd.DataFrame:  # checked pairs; `PairError` for bad rows or files, `LookupError` for a missing table
     "Pairs from the database or a file, checked"
     if str(source) == 'database': frame = schema.read_pairs_table(schema.make_engine(), target)
     else: frame = read_file(source)
     pairs = check_pairs(frame, target)
-    return pairs if contracts is None else _add_events(pairs, contracts)
+    return pairs if contracts is None else _add_contracts(pairs, contracts)
 
 # %% ../nbs/03_data.ipynb #59b9d046
 def import_file(

@@ -42,15 +42,18 @@ def contract_table(
 def coverage(
     series: PriceSeries,
     rows: int = 60,       # at most; contracts are joined where there are more
-    columns: int = 120    # intervals of time
+    columns: int = 120    # intervals of time, at most; each as long as a whole number of typical gaps
 ) -> np.ndarray:          # (rows, columns) prices, contracts in the order of their first price
     "How many prices there are of which contracts, and when"
     n, first = len(series.ids), series.times[series.start[:-1]]
     place = np.empty(n, int)
     place[np.argsort(first, kind='stable')] = np.arange(n) * min(rows, n) // n
     code = np.repeat(place, np.diff(series.start))
-    low, high = series.times.min(), series.times.max() + 1
-    when = (series.times - low) * columns // (high - low)
+    low, gaps = series.times.min(), np.diff(series.times)
+    gap = max(1, int(np.median(gaps[gaps > 0]))) if (gaps > 0).any() else 1
+    when = (series.times - low) // gap
+    when //= when.max() // columns + 1
+    columns = when.max() + 1
     return np.bincount(code * columns + when, minlength=min(rows, n) * columns).reshape(min(rows, n), columns)
 
 def plot_coverage(series: PriceSeries) -> Figure:
