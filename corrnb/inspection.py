@@ -99,7 +99,7 @@ def doubles(series: PriceSeries, titles: pd.Series) -> list[list[str]]:   # titl
     return [list(group) for group in dict.fromkeys(groups) if len(group) > 1]
 
 # %% ../nbs/05b_inspection.ipynb #274d6b10
-@dataclass
+@dataclass(repr=False)
 class Inspection:
     "What was found in a source of prices; shown as a page in Jupyter"
     source: str
@@ -109,6 +109,8 @@ class Inspection:
     rules: LabelRules = LabelRules()
 
     def __post_init__(self): self.labels = pairs_of(self.series, self.rules)
+
+    def __repr__(self): return '\n'.join([Path(self.source).name, *self.lines])
 
     def summary(self) -> dict[str, str]:
         "Counts, by title"
