@@ -232,7 +232,8 @@ class LabelRules:
 def _in_threads(measure: Callable, n: int):
     "Call a function of a slice of n pairs in one thread a processor; each takes some at a time"
     step = max(200, -(-n // 64))
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if n > step else 1) as pool:
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    with ThreadPoolExecutor(processors if n > step else 1) as pool:
         list(pool.map(measure, [slice(i, min(i + step, n)) for i in range(0, n, step)]))
 
 def measure_block(
