@@ -88,7 +88,7 @@ class TrainingConfig:
         'adamw_torch_fused', description='any optimizer of transformers, such as paged_adamw_8bit')
     seed: Whole = Field(0, ge=0, description='of the adapter, the order of the rows and the swaps')
 
-# %% ../nbs/14_parameters.ipynb #6fb9e359
+# %% ../nbs/14_parameters.ipynb #d2d668fe
 def _default(setting: str): return Settings.model_fields[setting].default
 
 Comparison = Literal['linear_head', 'cross_entropy']
@@ -98,6 +98,7 @@ Tracker = Annotated[Literal['tensorboard', 'mlflow'], AfterValidator(_tracker)]
 class RunConfig(TrainingConfig):
     "All that can be set about a run; ValueError for a value that makes no sense"
     pairs: str = Field('demo', description="'demo' (the embedded market), 'database', or a CSV or Parquet file")
+    prices: str = Field('', description='file, folder or zip of prices: pairs are measured from them')
     contracts: str = Field('', description='file with contract_id and event_id, so that whole events are held out')
     target: str = Field('underlying_event_correlation', min_length=1, description='column to learn and predict')
     split_by: Literal['contract', 'random', 'time'] = Field(
@@ -128,6 +129,9 @@ class RunConfig(TrainingConfig):
     untuned: bool = Field(True, description='also ask the model without its adapter')
     samples: Whole = Field(0, ge=0, description='at most that many rows of each side; 0: all')
     eval_batch_tokens: Whole = Field(4096, gt=0, description='most tokens of a forward pass')
+
+    def __post_init__(self):
+        if self.prices: self.target = 'price_correlation'   # what prices give
 
     @classmethod
     def of(
@@ -202,9 +206,9 @@ def read_profile(
     if base == path.stem: raise ParameterError(f'{path} extends itself')
     return path.stem, (read_profile(base, folder)[1] if base else {}) | values
 
-# %% ../nbs/14_parameters.ipynb #49fa79fc
+# %% ../nbs/14_parameters.ipynb #73455aa2
 FROM_SETTINGS = {'model_name': 'MODEL_NAME', 'use_4bit': 'USE_4BIT', 'rag_top_k': 'RAG_TOP_K'}
-FILES = ('pairs', 'contracts')     # parameters that may name a file
+FILES = ('pairs', 'prices', 'contracts')     # parameters that may name a file
 NO_FILES = ('', 'demo', 'database')   # and their values that do not
 
 def _problem(name: str) -> str|None:
@@ -220,7 +224,7 @@ def _absolute(name: str, value: str) -> str:
     "Absolute path of a file parameter"
     if value in NO_FILES: return value
     path = Path(value).expanduser().resolve()
-    if path.is_file(): return str(path)
+    if path.is_file() or (path.is_dir() and name != 'pairs'): return str(path)
     raise ParameterError(f'{name}: no file {path}')
 
 def _absolute_folder(name: str) -> str:
@@ -235,6 +239,8 @@ def check_parameters(
     problems = [p for name in values if (p := _problem(str(name)))]
     values = {n: v for n, v in values.items() if n in PARAMETERS}
     if 'model_name' in values: values['model_name'] = _absolute_folder(str(values['model_name']))
+    if values.get('prices') and values.get('pairs', 'demo') != 'demo':
+        problems.append('prices: pairs are given, too; give either pairs or prices to measure them from')
     for name in set(FILES) & set(values):
         try: values[name] = _absolute(name, str(values[name]))
         except ParameterError as e: problems.append(str(e))

@@ -42,7 +42,7 @@ from corrnb.parameters import (
     resolve_parameters,
 )
 
-# %% ../nbs/27_pipeline.ipynb #1ffc1492
+# %% ../nbs/27_pipeline.ipynb #b9b469a5
 @dataclass(frozen=True)
 class Inputs:
     "What a run is made from"
@@ -57,9 +57,11 @@ class Inputs:
         return f'{self.profile}-{content_hash(self.config.values() | self.digests, n=8)}'
 
 def file_digests(config: RunConfig) -> dict[str, str]:
-    "Hashes of the files, and of the folder with a language model, that parameters name"
-    files = {n: sha256(path) for n in FILES if (path := getattr(config, n)) not in NO_FILES}
-    return files | ({'model_name': folder_hash(config.model_name)} if Path(config.model_name).is_dir() else {})
+    "Hashes of the files and folders, that of a language model among them, that parameters name"
+    files = [n for n in FILES if getattr(config, n) not in NO_FILES]
+    named = files + ['model_name']*Path(config.model_name).is_dir()
+    paths = {n: Path(getattr(config, n)) for n in named}
+    return {n: folder_hash(path) if path.is_dir() else sha256(path) for n, path in paths.items()}
 
 def read_inputs(
     profile: str,        # name of a profile, or the path of a .yaml file
@@ -97,7 +99,6 @@ def stage_key(
 ) -> str:           # 16 hex digits
     "Hash of everything that goes into a stage"
     return content_hash(*stage_parts(stage, inputs, folder).values())
-
 
 # %% ../nbs/27_pipeline.ipynb #9a07b8b9
 def _empty(content: list[Path], record: str):
@@ -191,7 +192,7 @@ def _forget_outdated(
     for stage in later:
         if not _is_same(stage, inputs, folder, keep): return forget(folder, STAGES[STAGES.index(stage.name):])
 
-# %% ../nbs/27_pipeline.ipynb #f5db9e07
+# %% ../nbs/27_pipeline.ipynb #07145e1a
 def say(*words, **options):
     "Print; where nobody can read it any more, nothing happens"
     print(*words, **options, file=Screen(sys.stdout), flush=True)
@@ -249,7 +250,6 @@ def _clock(stage: Stage, verbose: bool) -> Progress:
     bar = Progress(*columns, transient=True, console=screen, disable=verbose or not sys.stdout.isatty())
     bar.add_task('')
     return bar
-
 
 # %% ../nbs/27_pipeline.ipynb #2545db1c
 def import_seconds(

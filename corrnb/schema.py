@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['TEXT_DTYPE', 'UtcDateTime', 'Base', 'ContractCorrelation', 'Contract', 'ContractPrice', 'make_engine',
-           'create_tables', 'write_frame', 'read_table', 'read_pairs_table', 'read_contracts', 'read_prices']
+           'create_tables', 'write_frame', 'new_keys', 'read_table', 'read_pairs_table', 'read_contracts_table',
+           'read_prices_table']
 
 # %% ../nbs/02_schema.ipynb #cbcf80e3
 import json
 import os
 from datetime import datetime, timezone
 from functools import wraps
+from pathlib import Path
+from uuid import UUID
 
 import pandas as pd
 import sqlalchemy as sa
@@ -95,6 +98,7 @@ class Contract(Base):
     open_date: Mapped[datetime|None]
     close_date: Mapped[datetime|None]
     resolved_to: Mapped[float|None] = _column('pay-off, once known')
+    complement_id: Mapped[str|None] = _column('the other side of a contract with two outcomes')
 
 class ContractPrice(Base):
     "Price of a contract at a moment"
@@ -150,9 +154,15 @@ def _postgres_engine(url: sa.URL) -> sa.Engine:
     sa.event.listen(engine, 'begin', _each_transaction)
     return engine
 
+def _new_file(url: sa.URL) -> bool:
+    "Is this an SQLite file that does not exist yet? It is made by what writes into it, not by looking for it"
+    if url.get_backend_name() != 'sqlite' or url.database in (None, '', ':memory:'): return False
+    path = Path(url.database)
+    return not path.exists() and path.parent.is_dir()
+
 def make_engine(
     url: sa.URL|str|None = None  # None: `Settings().database_url`
-) -> sa.Engine:  # has connected once; `ConnectionError` without any secret if that failed
+) -> sa.Engine:  # has connected once (but for a new file); `ConnectionError` without any secret if that failed
     "Engine for SQLite or PostgreSQL, tested by connecting once"
     if not isinstance(url, sa.URL): url = (Settings() if url is None else Settings(DATABASE_URL=url)).database_url
     _check_url(url)
@@ -160,7 +170,7 @@ def make_engine(
     try:
         if url.get_backend_name() == 'postgresql': engine = _postgres_engine(url)
         else: engine = sa.create_engine(url, connect_args={'timeout': 10}, hide_parameters=True)
-        sa.inspect(engine).get_table_names()
+        if not _new_file(url): sa.inspect(engine).get_table_names()
     except Exception as e: reason = str(getattr(e, 'orig', None) or e)
     if reason is not None: raise _connection_error(url, reason)  # outside of `except`: no chain back to the URL
     return engine
@@ -201,6 +211,8 @@ _BATCH = 10_000  # rows read or written at a time
 
 def _column_names(engine: sa.Engine, table: str) -> list[str]:
     "Names of the columns of a table or view; `LookupError` if there is none"
+    if _new_file(engine.url):
+        raise LookupError(f'there is no SQLite file {engine.url.database}: check DATABASE_URL, or fill the table first')
     inspector = sa.inspect(engine)
     if not inspector.has_table(table):  # true for views too
         others = ', '.join(sorted(inspector.get_table_names())) or 'none'
@@ -267,6 +279,19 @@ def write_frame(
         for i in range(0, len(frame), _BATCH): connection.execute(upsert, _records(t, frame.iloc[i:i+_BATCH]))
     return len(frame)
 
+# %% ../nbs/02_schema.ipynb #4ba8a9f3
+def new_keys(
+    engine: sa.Engine,
+    table: type[Base],
+    hashes: list[str]    # hexadecimal, at least 32 digits
+) -> list[str]:  # uuids, whole numbers below 2**60, or 16 digits of the hashes
+    "Hashes as keys of the kind that the table in the database has"
+    columns = sa.inspect(engine).get_columns(table.__tablename__)
+    kind = next(c['type'] for c in columns if c['name'] == list(table.__table__.primary_key)[0].name)
+    if isinstance(kind, sa.Uuid): return [str(UUID(h[:32])) for h in hashes]
+    if isinstance(kind, sa.Integer): return [str(int(h[:15], 16)) for h in hashes]
+    return [h[:16] for h in hashes]
+
 # %% ../nbs/02_schema.ipynb #37986327
 TEXT_DTYPE = pd.Series(['text']).dtype  # compact from pandas 3 on, objects before
 
@@ -324,11 +349,11 @@ def read_pairs_table(
 
 # %% ../nbs/02_schema.ipynb #953d5bd5
 @_clear_errors
-def read_contracts(engine: sa.Engine) -> pd.DataFrame:  # sorted by contract_id; `LookupError` for a missing table
+def read_contracts_table(engine: sa.Engine) -> pd.DataFrame:  # sorted by contract_id; `LookupError` for a missing table
     "The table `contracts`"
     return read_table(engine, Contract, ['contract_id', 'title'])
 
 @_clear_errors
-def read_prices(engine: sa.Engine) -> pd.DataFrame:  # contract_id, ts (UTC), price, sorted by contract and time
+def read_prices_table(engine: sa.Engine) -> pd.DataFrame:  # contract_id, ts (UTC), price, sorted by contract and time
     "The table `contract_prices`"
     return read_table(engine, ContractPrice, ['contract_id', 'ts', 'price'])

@@ -33,6 +33,7 @@ from .evaluation import LEVELS, Evaluation, format_table, save_metrics
 from .files import atomic_write, require
 from .inference import Asked, CorrelationPredictor
 from .intervals import intervals_record, method_differences, split_intervals
+from .labelling import pairs_from_prices
 from .manifests import save_trained
 from .models import add_lora, encode, load_model, load_tokenizer
 from .parameters import RunConfig
@@ -57,7 +58,8 @@ def prepare(
 ) -> pd.DataFrame:      # rows with `pair_key`, `split` and `novelty`; PairError for rows that cannot be used
     "Read the pairs, check them once, and split them so that nothing leaks"
     (run/'figures').mkdir(parents=True, exist_ok=True)
-    if config.pairs == 'demo': pairs = _demo_pairs(run, config.target)
+    if config.prices: pairs = check_pairs(pairs_from_prices(config.prices, config.contracts or None), config.target)
+    elif config.pairs == 'demo': pairs = _demo_pairs(run, config.target)
     else: pairs = read_pairs(config.pairs, config.target, config.contracts or None)
     pairs = split_pairs(add_pair_keys(pairs), config.split_by, seed=config.split_seed, forms=config.split_forms)
     pairs = limit_pairs(pairs, config.limit, config.limit_held_out, config.split_seed)
