@@ -18,10 +18,10 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
 WIDE, NARROW = dict(width=1280, height=900), dict(width=390, height=844)
-SEEN = {'home': 'index.html', 'api': '09_answers.html', 'tutorial': 'tutorials/getting_started.html',
+SEEN = {'home': 'index.html', 'api': '13_answers.html', 'tutorial': 'tutorials/getting_started.html',
         'benchmark': 'benchmarks/learning.html'}
 # what `lab` runs unless told otherwise
-SHORT = ('pipeline/prepare.ipynb', 'pipeline/index.ipynb', '08_prompts.ipynb', '09_answers.ipynb')
+SHORT = ('pipeline/prepare.ipynb', 'pipeline/index.ipynb', '12_prompts.ipynb', '13_answers.ipynb')
 
 
 @contextmanager
