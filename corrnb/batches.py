@@ -35,8 +35,8 @@ class TrainingRows(Dataset):
         if len(near) != len(rows): raise ValueError(f'{len(rows)} rows but neighbours of {len(near)}')
         self.target, self.config = target, config
         records = rows.to_dict('records') if isinstance(rows, pd.DataFrame) else rows.to_list()
-        known = ('id', 'contract_a_title', 'contract_b_title', target, 'fisher_z_se', 'weight')
-        if 'contract_a_details' in records[0]: known += ('contract_a_details', 'contract_b_details')
+        known = ['id', 'contract_a_title', 'contract_b_title', target, 'fisher_z_se', 'weight']
+        if 'contract_a_details' in records[0]: known += ['contract_a_details', 'contract_b_details']
         self.fingerprint = content_hash(target, [[r.get(c) for c in known] for r in records], near)
         self.data = datasets.Dataset.from_list([self._columns(r, n) for r, n in zip(records, near)])
 
@@ -73,7 +73,7 @@ class TrainingRows(Dataset):
             if hash_uniform(c.seed, epoch, row['id'], 'swap') < 0.5:
                 titles, details = titles[::-1], details[::-1]
                 near = [{**n, 'swapped': not n['swapped']} for n in near]
-        return dict(row, prompt=make_prompt(*titles, near, c.nearest_last, details), place=i)
+        return dict(row, prompt=make_prompt(titles[0], titles[1], near, c.nearest_last, details), place=i)
 
     def __getitems__(self, keys: list) -> list[dict]:
         "Items of a batch; a place of None is a filler row of weight zero"

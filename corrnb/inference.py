@@ -151,7 +151,7 @@ class CorrelationPredictor:
         self.model, self.grid, self.retriever, self.stack, self.members = model.eval(), grid, retriever, stack, members
         self.k, self.nearest_last, self.batch_tokens, self.both_orders = k, nearest_last, batch_tokens, both_orders
         self.texts = texts
-        self.asked = None   # an `Asked`: what it is asked is remembered
+        self.asked: Asked|None = None   # what it is asked is remembered
 
 # %% ../nbs/25_inference.ipynb #cf6cb913
 @patch

@@ -363,7 +363,7 @@ def _metrics(config, run, done: Evaluated) -> dict:
     f, cost = done.forecasts, run/'training_cost.json'
     mass = f.distributions['language_model'].log_mass.exp()
     fitted = f.train.merge(pd.read_parquet(run/'model'/'fitted.parquet'), on='id').dropna(subset=['prediction'])
-    stack = asdict(f.predictor.stack) if config.use_rag else None
+    stack = asdict(f.predictor.stack) if config.use_rag and f.predictor.stack else None
     return done.evaluation.record(mass.numpy(), fitted) | intervals_record(done.intervals, done.best) | dict(
         use_rag=config.use_rag, language_model_against=done.peers, on_grid_mass=mass.mean().item(),
         demo_version=DEMO_VERSION if 'true_correlation' in f.rows else None,
