@@ -26,12 +26,12 @@ from .baselines import baseline_predictions, training_distribution
 from .batches import TrainingRows
 from .comparisons import COMPARISONS, chosen_comparisons, train_comparison
 from .config import Settings
-from .data import add_pair_keys, check_pairs, read_pairs
+from .data import TITLES, add_pair_keys, check_pairs, read_pairs
 from .demo import DEMO_VERSION, simulate_market, write_demo
 from .embeddings import spread_layers
 from .evaluation import LEVELS, Evaluation, format_table, save_metrics
 from .files import atomic_write, require
-from .inference import Asked, CorrelationPredictor
+from .inference import Asked, CorrelationPredictor, Prediction
 from .intervals import intervals_record, method_differences, split_intervals
 from .labelling import pairs_from_prices
 from .manifests import save_trained
@@ -184,7 +184,7 @@ def train(
     config: RunConfig,
     run: Path           # run folder with an index
 ) -> Trained|None:      # None in all but the first of several processes, which train together
-    "Fine-tune the language model, or go on with a training that was interrupted, and fit the mixture"
+    "Fine-tune the language model, or go on with a training that was interrupted, and fit the stack"
     target, training, (_, val, test) = config.target, config.training(run/'checkpoints'), read_sides(run)
     warn_of_seen(val, test)
     tokenizer, model = _load_model(config)
@@ -249,6 +249,13 @@ class Forecasts:
     def shown(self) -> list[list[dict]]:
         "Similar pairs that the model was shown"
         return [n[:self.predictor.k] for n in self.near]
+
+    def prediction(self, i: int) -> Prediction:
+        "The forecast of a held-out row as a person sees it"
+        row, used = self.rows.iloc[i], 'equal_average' in self.distributions
+        weights = self.predictor.stack.weights if used else {}
+        members = {n: (w, self.distributions[n].mean[i].item()) for n, w in weights.items()}
+        return Prediction(*row[TITLES], self.distributions['model'][i], self.shown[i], members=members)
 
 def _comparisons(config, run, predictor, rows) -> tuple[dict, str]:
     "Forecasts of the comparisons that were trained, and a sentence on those that were not"
