@@ -2,6 +2,8 @@
 its own. What is there is not run again.
 
     CORRNB_DATA_DIR=... python learning.py RESULTS [PATTERN ...]
+
+Those called `members-...` train no language model: the stack of the others, and the baselines, in a minute.
 """
 import io
 import json
@@ -16,12 +18,17 @@ import pandas as pd
 import torch
 
 from corrnb.answers import AnswerDistribution
+from corrnb.baselines import baseline_predictions
 from corrnb.data import check_pairs, read_pairs
 from corrnb.demo import simulate_market
+from corrnb.embeddings import spread_layers
 from corrnb.evaluation import distribution_metrics, regression_metrics
 from corrnb.files import atomic_write
+from corrnb.models import load_model, load_tokenizer
 from corrnb.parameters import RunConfig
+from corrnb.rag import PairRetriever
 from corrnb.splits import add_novelty, contract_kfold, split_pairs
+from corrnb.stack import Stack, crps_form, equal_weights, fit_members, pool_weights
 from corrnb.stages import build_index, evaluate, prepare, train
 
 TARGET, FOLDS = 'price_correlation', 5
@@ -29,6 +36,7 @@ BASE = dict(target=TARGET, model_name='embedded', use_4bit=False, text_loss_weig
             lora_last_layers=12, prompt_variants=1, neighbour_dropout=0., rag_top_k=4, both_orders=False)
 PLAN = {f'futures-{f}': dict(dataset=f'futures-{f}') for f in range(FOLDS)}
 PLAN |= {'market': dict(dataset='market', num_train_epochs=1), 'events': dict(dataset='events', num_train_epochs=2)}
+PLAN = {f'members-{name}': dict(dataset=name) for name in PLAN} | PLAN
 PLAN |= {f'futures-0-{name}': dict(settings, dataset='futures-0', untuned=False) for name, settings in
          {'w0': dict(regression_loss_weight=0.), 'w1': dict(regression_loss_weight=1.),
           'w20': dict(regression_loss_weight=20.), 'crps10': dict(regression_loss_type='crps'),
@@ -56,6 +64,7 @@ def data(name: str) -> pd.DataFrame:
 
 def experiment(results: Path, name: str, dataset: str, **settings):
     "Run all stages in a folder, and keep what every method forecasts for the held-out rows"
+    if name.startswith('members-'): return without_language_model(results, name, dataset)
     run, clock = results/'runs'/name, [time.perf_counter()]
     pairs = atomic_write(results/'pairs'/f'{dataset}.parquet', data(dataset).to_parquet())
     config = RunConfig(**BASE | dict(pairs=str(pairs)) | settings)
@@ -68,11 +77,34 @@ def experiment(results: Path, name: str, dataset: str, **settings):
     log = json.loads((run/'training_log.json').read_text())
     facts = dict(settings, dataset=dataset, seconds=seconds, history=log, stack=found.metrics['stack'])
     rows = found.forecasts.rows.join(found.forecasts.points.add_prefix('point_'))
-    arrays = {m: d.log_probs.numpy().astype(np.float32) for m, d in found.forecasts.distributions.items()}
+    save(results/f'{name}.npz', facts, rows, found.forecasts.distributions)
+
+def without_language_model(results: Path, name: str, dataset: str):
+    "Forecasts of the test rows by all that needs no language model to be trained, from training and validation rows"
+    pairs, start = data(dataset), time.perf_counter()
+    known, rows = (pairs[i].reset_index(drop=True) for i in (pairs.split != 'test', pairs.split == 'test'))
+    model, tokenizer = load_model('embedded', device='cpu'), load_tokenizer('embedded')
+    retriever = PairRetriever.build(pairs, TARGET, model, tokenizer, RunConfig().embedding_layers, results/'vectors')
+    members, held = fit_members(known, TARGET, rows.novelty, retriever, tuple(spread_layers(model)))
+    asked, y = members.out_of_fold(known, held), known[TARGET].to_numpy()[held.row]
+    stack = Stack(dict(zip(asked, pool_weights(crps_form(asked, y, held.weight)).tolist())))
+    found = members.forecasts(rows)
+    found |= dict(equal_average=equal_weights([*found])(found), model=stack(found))
+    vectors = dict(train_vectors=members.retriever.vectors(known), row_vectors=members.retriever.vectors(rows))
+    near = members.retriever.known(rows, BASE['rag_top_k'])
+    points = baseline_predictions(known, rows, TARGET, neighbours=near, **vectors)
+    points = points.assign(**{n: d.mean.numpy() for n, d in found.items()})
+    seconds = dict(all=time.perf_counter() - start)
+    facts = dict(dataset=dataset, seconds=seconds, history=[], stack=dict(weights=stack.weights))
+    save(results/f'{name}.npz', facts, rows.join(points.add_prefix('point_')), found)
+
+def save(path: Path, facts: dict, rows: pd.DataFrame, forecasts: dict):
+    "Write what `read` reads"
+    arrays = {m: d.log_probs.numpy().astype(np.float32) for m, d in forecasts.items()}
     buffer = io.BytesIO()
     table = np.frombuffer(rows.to_parquet(), np.uint8)
     np.savez_compressed(buffer, rows=table, facts=np.array(json.dumps(facts)), **arrays)
-    atomic_write(results/f'{name}.npz', buffer.getvalue())
+    atomic_write(path, buffer.getvalue())
 
 def read(path: Path) -> dict:
     "A saved result: its facts, rows with points of all methods, and distributions by method"
