@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAX_TEXT', 'SIDES', 'TITLES', 'ROUNDING', 'EPOCH_UNITS', 'NAME', 'TEXT', 'JSON', 'NUMBER', 'TIMESTAMP', 'INTEGER',
-           'BOOLEAN', 'BLOCK', 'NO_NUMBER', 'CONTRACT_FIELDS', 'clean_text', 'text_key', 'pair_key', 'map_unique',
-           'add_pair_keys', 'PairError', 'epoch_unit', 'Kind', 'column_kinds', 'read_column', 'check_rows',
-           'plain_numbers', 'check_pairs', 'check_table', 'read_file', 'read_pairs', 'import_file']
+           'BOOLEAN', 'BLOCK', 'GROUP_MARK', 'GROUPED', 'NO_NUMBER', 'CONTRACT_FIELDS', 'clean_text', 'text_key',
+           'pair_key', 'map_unique', 'add_pair_keys', 'PairError', 'epoch_unit', 'Kind', 'column_kinds', 'read_column',
+           'check_rows', 'counted', 'plain_numbers', 'check_pairs', 'check_table', 'read_file', 'read_pairs',
+           'import_file']
 
 # %% ../nbs/03_data.ipynb #93c63e09
 import csv
@@ -240,7 +241,7 @@ def check_rows(
     if not problems: return frame.assign(**values).reset_index(drop=True)
     names = {i: f' ({key[0]} {None if pd.isna(v) else str(v)[:60]})' for i, v in read[key[0]].items()} if key else {}
     lines = [f'row {i + 1}{names.get(i, "")}: {reason}' for i, reason in sorted(problems, key=lambda p: p[0])]
-    raise PairError(lines, f'{_count(len(lines), "problem")} in {_count(len(frame), "row")}:')
+    raise PairError(lines, f'{counted(len(lines), "problem")} in {counted(len(frame), "row")}:')
 
 def _cut_long(texts: pd.Series) -> pd.Series:
     "Texts of at most `MAX_TEXT` characters; what is cut is counted"
@@ -249,9 +250,9 @@ def _cut_long(texts: pd.Series) -> pd.Series:
     print(f'{long.sum()} texts of {texts.name} are longer than {MAX_TEXT:,} characters and are cut')
     return texts.str[:MAX_TEXT].str.rstrip()
 
-def _count(n: int, what: str) -> str:
+def counted(n: int, what: str) -> str:
     "1 row, 2 rows"
-    return f'{n} {what}' if n == 1 else f'{n} {what}s'
+    return f'{n:,} {what}' if n == 1 else f'{n:,} {what}s'
 
 def _need(frame: pd.DataFrame, names: list[str]):
     "`PairError` where columns or all rows are missing, or a column is there twice"
@@ -262,7 +263,8 @@ def _need(frame: pd.DataFrame, names: list[str]):
     if frame.empty: raise PairError(['there are no rows: the table is empty'])
 
 # %% ../nbs/03_data.ipynb #92077db7
-_GROUPED = r"[+-]?[1-9]\d{0,2}(?:[,'’ \u00a0\u202f]\d{3})+(?:\.\d+)?"  # 1,234 and 12'345.6, not 0,500
+GROUP_MARK = r"[,'’ \u00a0\u202f]"
+GROUPED = rf'[+-]?[1-9]\d{{0,2}}(?:{GROUP_MARK}\d{{3}})+(?:\.\d+)?'  # 1,234 and 12'345.6, not 0,500
 
 def plain_numbers(
     values: pd.Series
@@ -271,10 +273,10 @@ def plain_numbers(
     is_text = values.map(lambda v: isinstance(v, str))
     if not is_text.any(): return values, []
     bare = values[is_text].astype(str).str.strip().str.strip('\'"').str.strip()
-    percent, grouped = bare.str.fullmatch(r'[^%]*\d\s*%'), bare.str.rstrip('% ').str.fullmatch(_GROUPED)
+    percent, grouped = bare.str.fullmatch(r'[^%]*\d\s*%'), bare.str.rstrip('% ').str.fullmatch(GROUPED)
     quoted = bare != values[is_text].str.strip()
     changed = bare[percent | grouped | quoted]
-    number = changed.where(~grouped[changed.index], changed.str.replace(r"[,'’ \u00a0\u202f]", '', regex=True))
+    number = changed.where(~grouped[changed.index], changed.str.replace(GROUP_MARK, '', regex=True))
     number = pd.to_numeric(number.str.rstrip('% '), errors='coerce') / np.where(percent[changed.index], 100, 1)
     number = number.dropna()
     done = {'without quotes': quoted, 'without thousands marks': grouped, 'from percent': percent}
