@@ -4,28 +4,31 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'MARKETS', 'gamma_market', 'kalshi_market', 'manifold_market', 'unique_titles', 'recognize_markets',
-           'read_contracts']
+           'recognize_rows', 'read_contracts']
 
 # %% ../nbs/06_contracts.ipynb #76dc22dd
 import json
+import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from .data import PairError, check_table, read_file, text_key
-from .prices import CONTRACT_NAMES, describes, json_records, open_files, plain_name
+from .data import PairError, check_table, counted, read_file, text_key
+from .prices import CONTRACT_NAMES, describes, holds_prices, json_records, open_files, plain_name, read_json
 from .schema import Contract, make_engine, read_contracts_table
 
 # %% ../nbs/06_contracts.ipynb #e64e37e6
 def _json_list(value) -> list:
     "A list, also one that is JSON inside of a string"
-    return (json.loads(value) if isinstance(value, str) and value.strip() else value) or []
+    try: return (json.loads(value) if isinstance(value, str) and value.strip() else value) or []
+    except ValueError: raise ValueError(f'{value!r} should be a list in JSON') from None
 
 def _outcome_title(question: str, outcome: str) -> str:
     "The question, and the outcome unless it is Yes"
-    if outcome.lower() == 'yes': return question
+    if str(outcome).lower() == 'yes': return question
     return f'{question}{" " if question.rstrip().endswith(("?", "!", ".")) else ": "}{outcome}'
 
 def _category(record: dict, event: dict) -> str|None:
@@ -41,7 +44,7 @@ def gamma_market(record: dict) -> list[dict]|None:
     if not tokens: tokens, outcomes = [name], outcomes[:1]
     if len(tokens) != len(outcomes):
         raise ValueError(f'{record["question"]!r} has {len(outcomes)} outcomes, but {len(tokens)} tokens')
-    event = (record.get('events') or [{}])[0]
+    event = (_json_list(record.get('events')) or [{}])[0]
     paid = _json_list(record.get('outcomePrices')) if record.get('closed') else []
     shared = dict(venue='polymarket', description=record.get('description'), category=_category(record, event),
                   event_id=event.get('slug') or event.get('id'), open_date=record.get('startDate'),
@@ -56,8 +59,8 @@ def kalshi_market(record: dict) -> list[dict]|None:
     "The contract of a market of Kalshi"
     own = {'event_ticker', 'market_type', 'rules_primary'}
     if not ({'ticker', 'title'} <= {*record} and own & {*record}): return None
-    title, means = record['title'], record.get('yes_sub_title') or record.get('subtitle') or ''
-    if means and text_key(means) not in text_key(title): title = f'{title} Yes: {means}'
+    title, means = record['title'] or '', record.get('yes_sub_title') or record.get('subtitle') or ''
+    if means and text_key(means) not in text_key(title): title = f'{title} Yes: {means}'.strip()
     result = {'yes': 1, 'no': 0}.get(record.get('result') or '')
     return [dict(contract_id=record['ticker'], title=title, venue='kalshi', category=record.get('category'),
                  description=record.get('rules_primary'), event_id=record.get('event_ticker'),
@@ -69,19 +72,19 @@ def manifold_market(record: dict) -> list[dict]|None:
     result = {'YES': 1, 'NO': 0}.get(record.get('resolution') or '', record.get('resolutionProbability'))
     shared = dict(venue='manifold', description=record.get('textDescription'), open_date=record.get('createdTime'),
                   close_date=record.get('closeTime'))
-    if not record.get('answers'):
+    answers = _json_list(record.get('answers'))
+    if not answers:
         return [dict(contract_id=record['id'], title=record['question'], resolved_to=result, **shared)]
     return [dict(contract_id=f'{record["id"]}-{answer["id"]}', title=_outcome_title(record['question'], answer['text']),
-                 event_id=record['id'], **shared) for answer in record['answers']]
+                 event_id=record['id'], **shared) for answer in answers]
 
 # %% ../nbs/06_contracts.ipynb #ed2d887f
 COLUMNS = dict(contract_id=(*CONTRACT_NAMES, 'id'), title=('title', 'question', 'name', 'contract_title'),
                description=('description', 'rules', 'rules_primary', 'text'),
                category=('category', 'group', 'sector', 'tag'),
                event_id=('event_id', 'event_ticker', 'event_slug', 'event'), venue=('venue', 'exchange', 'platform'),
-               open_date=('open_date', 'open_time', 'start_date', 'startdate', 'created_time'),
-               close_date=('close_date', 'close_time', 'end_date', 'enddate', 'end_date_iso', 'expiration', 'expiry',
-                           'expiration_time'))
+               open_date=('open_date', 'open_time', 'start_date', 'created_time'),
+               close_date=('close_date', 'close_time', 'end_date', 'end_date_iso', 'expiration', 'expiry', 'expiration_time'))
 
 def _table(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     "Columns under the names of corrnb; what was renamed. ValueError where two columns may be meant"
@@ -109,18 +112,23 @@ def unique_titles(contracts: pd.DataFrame) -> pd.DataFrame:  # contract_id, titl
 # %% ../nbs/06_contracts.ipynb #f8158037
 MARKETS: list[Callable] = [manifold_market, gamma_market, kalshi_market]
 
+def _has_records(value) -> bool: return isinstance(value, list) and all(isinstance(v, dict) for v in value)
+
 def _flat(records: list[dict]) -> list[dict]:
     "The markets among records, those inside of events with the event that they belong to"
     markets = []
     for r in records:
         inner = r.get('markets')
         event = {k: r.get(k) for k in ('slug', 'id', 'category', 'tags') if r.get(k)}
-        markets += [{'events': [event]} | m for m in inner] if isinstance(inner, list) else [r]
+        markets += [{'events': [event]} | m for m in inner] if _has_records(inner) else [r]
     return markets
 
 def _contracts_of(record: dict) -> list[dict]|None:
-    "The contracts of a market of any venue"
-    return next((found for market in MARKETS if (found := market(record)) is not None), None)
+    "The contracts of a market of any venue; ValueError for one that is nearly a market"
+    try: return next((found for market in MARKETS if (found := market(record)) is not None), None)
+    except (KeyError, TypeError, AttributeError) as e:
+        name = record.get('question') or record.get('title')
+        raise ValueError(f'{name!r} looks like a market, but cannot be read ({type(e).__name__}: {e})') from e
 
 def recognize_markets(data: Any) -> tuple[pd.DataFrame|None, list[str]]:
     "The contracts of a JSON document, None where it describes none; what they are. ValueError for an unknown shape"
@@ -135,17 +143,29 @@ def recognize_markets(data: Any) -> tuple[pd.DataFrame|None, list[str]]:
         has = ', '.join(list(records[i])[:8])
         raise ValueError(f'record {i + 1} is a market of an unknown shape (it has: {has})')
     rows = [row for found in known for row in found or []]
-    return pd.DataFrame(rows), [f'{len(records):,} markets of {" and ".join(sorted({row["venue"] for row in rows}))}']
+    venues = ' and '.join(sorted({row['venue'] for row in rows}))
+    return pd.DataFrame(rows), [f'{counted(len(records), "market")} of {venues}']
 
-def _of_file(file, name: str, path: Path) -> tuple[pd.DataFrame|None, list[str]]:
-    "The contracts of a file, None where it holds prices"
-    if name.lower().endswith('.json'): return recognize_markets(json.load(file))
-    if name.lower().endswith('.jsonl'): return recognize_markets([json.loads(line) for line in file if line.strip()])
-    frame, lines = _table(read_file(path))
+def recognize_rows(frame: pd.DataFrame) -> tuple[pd.DataFrame|None, list[str]]:
+    "The contracts of a table, None where it holds prices; what they are. Markets of a venue are read as its JSON is"
+    if holds_prices(frame): return None, []
+    filled = [{k: v for k, v in row.items() if v is not None and v == v} for row in frame.to_dict('records')]
+    if filled and all(_contracts_of(row) for row in filled): return recognize_markets(filled)
+    frame, lines = _table(frame)
     return (frame, lines) if 'title' in frame else (None, [])
 
+def _of_file(file, name: str, source: Path) -> tuple[pd.DataFrame|None, list[str]]:
+    "The contracts of a file, None where it holds prices"
+    suffix = Path(name.lower()).suffix
+    if suffix in ('.json', '.jsonl'): return recognize_markets(read_json(file, suffix))
+    if source.suffix.lower() != '.zip': return recognize_rows(read_file(source/name if source.is_dir() else source))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)/Path(name).name
+        path.write_bytes(file.read())
+        return recognize_rows(read_file(path))
+
 def read_contracts(
-    source: str|Path   # a .csv, .csv.gz, .parquet, .json or .jsonl file, a folder of them, a .zip of JSON; 'database'
+    source: str|Path   # a .csv, .csv.gz, .parquet, .json or .jsonl file, a folder or .zip of them; 'database'
 ) -> pd.DataFrame:     # checked: contract_id, title, and what else is known; PairError names what cannot be used
     "Contracts of a source; prints what was recognized"
     if str(source) == 'database': return check_table(read_contracts_table(make_engine()), Contract)
@@ -153,15 +173,16 @@ def read_contracts(
     parts: list[pd.DataFrame] = []
     said: list[str] = []
     for name, file in open_files(source):
-        try: found, lines = _of_file(file, name, next(source.rglob(name)) if source.is_dir() else source)
+        try: found, lines = _of_file(file, name, source)
         except PairError: raise
-        except (ValueError, KeyError) as e:
+        except ValueError as e:
             raise PairError([f'{source}: {e}' if name == source.name else f'{source}: {name}: {e}']) from e
         if found is not None: parts, said = [*parts, found], [*said, *lines]
     if not parts: raise PairError([f'{source}: nothing describes contracts there (a title for each contract_id)'])
     for line, n in pd.Series(said, dtype=object).value_counts().items():
         print(line if n == 1 else f'{line} ({n} files)')
     frame = pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
-    from_venues = any('markets of' in line for line in said)
-    if from_venues: frame = unique_titles(frame.drop_duplicates('contract_id', keep='last', ignore_index=True))
-    return check_table(frame, Contract)
+    if any(re.match(r'[\d,]+ markets? of ', line) for line in said):
+        frame = unique_titles(frame.drop_duplicates('contract_id', keep='last', ignore_index=True))
+    try: return check_table(frame, Contract)
+    except PairError as e: raise PairError([f'{source}: {e}']) from None

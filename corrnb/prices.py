@@ -144,7 +144,8 @@ def _long(what, contract, time, price, hints, notes=()) -> Found:
     "A long table from three columns"
     ts, said = read_times(time, hints.time_unit)
     if (wrong := ts.isna() & time.notna()).any():
-        raise ValueError(f'row {wrong.idxmax() + 1}: {str(time[wrong.idxmax()])!r} is no time such as 2026-07-20T14:00Z '
+        row = wrong.idxmax()
+        raise ValueError(f'row {row + 1}: {str(time[row])!r} is no time such as 2026-07-20T14:00Z '
                          f'({wrong.sum()} such rows)')
     numbers, hundredths = read_numbers(price)
     notes = [*notes, said, *([f'{counted(hundredths, "price")} in percent or cents'] if hundredths else [])]
@@ -354,7 +355,8 @@ def manifold_bets(data: Any, name: str, hints: Hints) -> Found|None:
 VENUES: list[Callable] = [polymarket_history, kalshi_candlesticks, manifold_bets]
 
 def json_records(data: Any) -> list[dict]:
-    "The records of a JSON document: itself, or the only list of them under a key"
+    "The records of a JSON document: itself, the market in it, or the only list of them under a key"
+    if isinstance(data, dict) and isinstance(data.get('market'), dict): data = data['market']
     if isinstance(data, dict):
         lists = [v for v in data.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
         data = lists[0] if len(lists) == 1 and not describes(data) else [data]
