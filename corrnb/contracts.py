@@ -84,7 +84,8 @@ COLUMNS = dict(contract_id=(*CONTRACT_NAMES, 'id'), title=('title', 'question', 
                category=('category', 'group', 'sector', 'tag'),
                event_id=('event_id', 'event_ticker', 'event_slug', 'event'), venue=('venue', 'exchange', 'platform'),
                open_date=('open_date', 'open_time', 'start_date', 'created_time'),
-               close_date=('close_date', 'close_time', 'end_date', 'end_date_iso', 'expiration', 'expiry', 'expiration_time'))
+               close_date=('close_date', 'close_time', 'end_date', 'end_date_iso', 'expiration', 'expiry',
+                           'expiration_time'))
 
 def _table(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     "Columns under the names of corrnb; what was renamed. ValueError where two columns may be meant"
