@@ -6,8 +6,8 @@
 __all__ = ['NO_ZONE', 'TIME_NAMES', 'CONTRACT_NAMES', 'PRICE_NAMES', 'QUOTE_NAMES', 'TABLES', 'NO_PRICES', 'VENUES',
            'FILE_SUFFIXES', 'read_times', 'read_numbers', 'Hints', 'plain_name', 'Found', 'long_table', 'wide_table',
            'yahoo_table', 'kalshi_table', 'recognize_table', 'polymarket_history', 'kalshi_candlesticks',
-           'manifold_bets', 'json_records', 'holds_prices', 'describes', 'recognize_json', 'named', 'read_json',
-           'recognize_file', 'open_files', 'Recognized', 'recognize_prices', 'read_prices', 'PriceSeries',
+           'manifold_bets', 'json_records', 'holds_prices', 'describes', 'recognize_json', 'short', 'named',
+           'read_json', 'recognize_file', 'open_files', 'Recognized', 'recognize_prices', 'read_prices', 'PriceSeries',
            'price_series', 'price_table', 'time_length', 'resample_series']
 
 # %% ../nbs/05_prices.ipynb #684a3d5d
@@ -404,9 +404,13 @@ def _in_unit(prices: pd.DataFrame, unit: str|None) -> tuple[pd.DataFrame, list[s
     return (prices.assign(price=prices['price'].where(~large, prices['price'] / 100)),
             [f'{named(above.index)}: {unit}, divided by 100'])
 
+def short(contract_id: str) -> str:
+    "A contract id, a long one without its middle"
+    return contract_id if len(contract_id) <= 40 else f'{contract_id[:18]}…{contract_id[-18:]}'
+
 def named(contracts) -> str:
     "How many contracts, and the first of them"
-    contracts = list(map(str, contracts))
+    contracts = [short(str(c)) for c in contracts]
     more = ', ...' if len(contracts) > 3 else ''
     return f'{counted(len(contracts), "contract")} ({", ".join(contracts[:3])}{more})'
 
