@@ -6,8 +6,8 @@
 __all__ = ['MAX_TEXT', 'SIDES', 'TITLES', 'ROUNDING', 'EPOCH_UNITS', 'NAME', 'TEXT', 'JSON', 'NUMBER', 'TIMESTAMP', 'INTEGER',
            'BOOLEAN', 'BLOCK', 'GROUP_MARK', 'GROUPED', 'NO_NUMBER', 'CONTRACT_FIELDS', 'clean_text', 'text_key',
            'pair_key', 'map_unique', 'add_pair_keys', 'PairError', 'epoch_unit', 'Kind', 'column_kinds', 'read_column',
-           'check_rows', 'counted', 'plain_numbers', 'check_pairs', 'check_table', 'read_file', 'read_pairs',
-           'import_file']
+           'check_rows', 'counted', 'plain_numbers', 'check_pairs', 'check_table', 'decimal_commas', 'read_file',
+           'read_pairs', 'import_file']
 
 # %% ../nbs/03_data.ipynb #93c63e09
 import csv
@@ -379,12 +379,21 @@ def _read_csv(path: Path) -> pd.DataFrame:
         frame = pd.read_csv(path, sep=sep, decimal=',' if sep == ';' else '.', encoding='utf-8-sig', dtype=text,
                             na_values=[''], keep_default_na=False, index_col=False, low_memory=False)
     words = [c for c in frame.select_dtypes(['object', 'string']) if c not in text]
+    if sep == ';':
+        numbers = [c for c in words if c in kinds and kinds[c].dtype in (float, 'Int64')]
+        frame = frame.assign(**{c: decimal_commas(frame[c]) for c in numbers})
     return frame.assign(**{c: _numbers(frame[c], ',' if sep == ';' else '.') for c in words})
+
+def decimal_commas(column: pd.Series) -> pd.Series:
+    "Texts in which a comma stands before the decimals, as 1.045,5 or 45,5 %, with a point there"
+    text = column.astype(str).str.strip()
+    comma = text.str.fullmatch(r'[^\w.,]*\d[\d.]*,\d+\W*') & column.notna()
+    return column.where(~comma, text.str.replace('.', '').str.replace(',', '.'))
 
 def _numbers(column: pd.Series, decimal: str) -> pd.Series:
     "A column of numbers in which words stand for missing ones, as numbers; any other as it is"
     bare = column.mask(column.isin(NO_NUMBER))
-    numbers = pd.to_numeric(bare if decimal == '.' else bare.astype(str).str.replace(decimal, '.'), errors='coerce')
+    numbers = pd.to_numeric(bare if decimal == '.' else decimal_commas(bare), errors='coerce')
     return numbers if numbers.notna().sum() == bare.notna().sum() > 0 else column
 
 NO_NUMBER = ['', 'NA', 'N/A', '#N/A', 'n/a', '<NA>', 'NaN', 'nan', '-NaN', '-nan', 'NULL', 'null', 'None']

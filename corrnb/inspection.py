@@ -125,7 +125,7 @@ class Inspection:
                 'from': f'{times[0]:%Y-%m-%d %H:%M} UTC', 'to': f'{times[1]:%Y-%m-%d %H:%M} UTC',
                 'typical time between two prices': _length(table['typical_gap'].median()),
                 'prices of a contract (median)': f'{table["prices"].median():,.0f}',
-                'staleness (median)': f'{table["staleness"].median():.0%}',
+                'staleness (median)': f'{table["staleness"].median():.0%}'.replace('nan%', ''),
                 'pairs compared': f'{len(self.labels):,}',
                 'pairs with a label': f'{self.labels["price_correlation"].notna().sum():,}'}
 
@@ -178,7 +178,7 @@ def _length(time: pd.Timedelta) -> str:
     "A length of time in its largest unit"
     sizes = {unit: pd.Timedelta(1, unit) for unit in ('D', 'h', 'min')}
     unit = next((u for u, size in sizes.items() if time >= size), 's')
-    return '' if pd.isna(time) else f'{time / pd.Timedelta(1, unit):.3g} {unit.replace("D", "d")}'
+    return '' if pd.isna(time) else f'{round(time / pd.Timedelta(1, unit), 1):,g} {unit.replace("D", "d")}'
 
 HEADINGS = dict(contract_id='contract', contract_a_id='contract', contract_b_id='other contract',
                 price_correlation='correlation', price_correlation_se='standard error', n_changes='changes',

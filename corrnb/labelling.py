@@ -35,7 +35,7 @@ from corrnb.labels import (
     measure_pairs,
     price_reliability,
 )
-from .prices import Hints, PriceSeries, named, price_series, recognize_prices
+from .prices import Hints, PriceSeries, named, price_series, recognize_prices, time_length
 from corrnb.schema import (
     Contract,
     ContractCorrelation,
@@ -179,6 +179,7 @@ def read_market(
     **hints                  # as of `Hints`
 ) -> Market:                 # PairError, ValueError for what cannot be used
     "Prices and contracts of a source, ready to be measured; prints what was recognized and left out"
+    time_length(resample, 'resample')
     got = recognize_prices(prices or 'database', Hints(**hints))
     print(*got.lines, sep='\n')
     found, info = _titled(got.prices, contracts or (None if prices else 'database'))

@@ -40,6 +40,7 @@ from corrnb.data import (
     ROUNDING,
     PairError,
     counted,
+    decimal_commas,
     epoch_unit,
     map_unique,
 )
@@ -425,12 +426,6 @@ def _header(head: bytes) -> tuple[str, list[str], bool]:
     two = {'close', 'adj_close', 'open'} & fields and (index_alone or len({*rows[0]}) < len(rows[0]))
     return sep, rows[0], len(rows) > 1 and bool(two)
 
-def _decimal_commas(column: pd.Series) -> pd.Series:
-    "Texts in which a comma stands before the decimals, as 1.045,5 or 45,5 %, with a point there"
-    text = column.astype(str).str.strip()
-    comma = text.str.fullmatch(r'[^\w.,]*\d[\d.]*,\d+\W*') & column.notna()
-    return column.where(~comma, text.str.replace('.', '').str.replace(',', '.'))
-
 def _read_csv(file: Any, hints: Hints) -> pd.DataFrame:
     "A table from a CSV file"
     head = file.read(10_000)
@@ -450,7 +445,7 @@ def _read_csv(file: Any, hints: Hints) -> pd.DataFrame:
         if not other_code and 'UTF8' not in str(e): raise
         raise ValueError('it is not UTF-8 text: save it as CSV UTF-8') from e
     words = [c for c in frame.select_dtypes(['object', 'string']) if sep == ';' and frame.columns.is_unique]
-    return frame.assign(**{c: _decimal_commas(frame[c]) for c in words}).rename(columns=str.strip)
+    return frame.assign(**{c: decimal_commas(frame[c]) for c in words}).rename(columns=str.strip)
 
 def _read_parquet(file: BinaryIO) -> pd.DataFrame:
     "A table from a Parquet file; an index that is more than a count of rows is a column"
