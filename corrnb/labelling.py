@@ -309,6 +309,9 @@ def pairs_from_prices(
     "Labelled pairs of all contracts, in memory; prints as `make_labels` does"
     rules, options = _split_options(options)
     blocks: list[pd.DataFrame] = []
-    market = read_market(prices, contracts, rules, **options)
+    try: market = read_market(prices, contracts, rules, **options)
+    except PairError as e:
+        if ' --' not in str(e): raise
+        raise PairError([f'{e}; `corrnb label` has this option, and its pairs can be run with --pairs']) from e
     label_market(market, None, rules, lambda rows, labels: blocks.append(rows))
     return pd.concat(blocks, ignore_index=True)
