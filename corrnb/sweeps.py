@@ -45,7 +45,7 @@ from corrnb.pipeline import (
 # %% ../nbs/33_sweeps.ipynb #5958de7a
 def _text(value) -> str:
     "A value as one would type it"
-    return str(value).removesuffix('.0')
+    return str(value).removesuffix('.0') if isinstance(value, float) else str(value)
 
 def sweep_values(
     name: str,    # of a parameter
