@@ -8,10 +8,12 @@ __all__ = ['states_at', 'hidden_states', 'decoder_of', 'spread_layers', 'n_froze
 
 # %% ../nbs/14_embeddings.ipynb #7261ce05
 import sqlite3
+import sys
 import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import closing, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -187,15 +189,24 @@ def _embed(model, sequences, layers, batch_tokens, special) -> np.ndarray:  # (l
 # %% ../nbs/14_embeddings.ipynb #4f374495
 _NO_STORE = sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB  # other tables, damaged, no SQLite
 
+_UNWRITABLE = sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR
+
+@cache
+def _say_not_kept(folder: Path):
+    "Said once, on the error stream"
+    print(f'Vectors are not kept for next time: {folder} cannot be written', file=sys.stderr, flush=True)
+
 def _with_store(path: Path, use: Callable):
-    "`use(connection)` in one transaction; None, with a warning, if the file is no store and is set aside"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    "`use(connection)` in one transaction; None, said once, where it cannot be written, or is no store and set aside"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path, timeout=60)) as db, db:
             db.execute('PRAGMA synchronous = OFF')  # a power cut may damage the file, a killed process cannot
             db.execute('CREATE TABLE IF NOT EXISTS vectors (key TEXT PRIMARY KEY, vector BLOB, checksum INTEGER)')
             return use(db)
+    except OSError: return _say_not_kept(path.parent)
     except sqlite3.DatabaseError as e:
+        if e.sqlite_errorcode & 0xff in _UNWRITABLE: return _say_not_kept(path.parent)
         if e.sqlite_errorcode & 0xff not in _NO_STORE: raise
         warnings.warn(f'the cached vectors in {path.name} are damaged and are made again ({e}); the file is set aside')
         path.with_name(f'{path.name}-journal').unlink(missing_ok=True)

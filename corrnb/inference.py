@@ -7,7 +7,6 @@ __all__ = ['Prediction', 'Asked', 'CorrelationPredictor']
 
 # %% ../nbs/25_inference.ipynb #8e3aabfe
 import html
-import json
 import math
 import reprlib
 from base64 import b64encode
@@ -29,7 +28,7 @@ from .config import Settings
 from .data import TITLES, PairError, add_pair_keys, check_pairs, text_key
 from .embeddings import FrozenBlocks, n_frozen
 from .files import atomic_write, content_hash
-from .manifests import check_manifest
+from .manifests import base_name, check_manifest, read_manifest
 from .models import encode, load_model, load_tokenizer, model_fingerprint
 from corrnb.prompts import (
     ANSWER_PREFIX,
@@ -264,12 +263,11 @@ def from_folder(
     **options                       # batch_tokens and both_orders of the predictor
 ):
     "Load a trained folder; errors name what is missing or does not fit"
-    path = Path(model_dir)/'corrnb.json'
-    if not path.exists(): raise FileNotFoundError(f'{model_dir} is no trained folder: it has no corrnb.json')
-    facts = json.loads(path.read_text())
+    facts = read_manifest(model_dir)
     if target not in (None, facts['target']):
         raise ValueError(f"{model_dir} was trained for the target {facts['target']}, not {target}")
-    def load_base(): return load_model(facts['base_model'], quantize=facts.get('use_4bit', False), device=device)
+    name = base_name(model_dir, facts)
+    def load_base(): return load_model(name, quantize=facts.get('use_4bit', False), device=device)
     base, grid = load_base(), AnswerGrid(load_tokenizer(str(model_dir)), prefix=ANSWER_PREFIX)
     check_manifest(model_dir, base, grid)
     model = _merged(load_base(), model_dir) if merge else PeftModel.from_pretrained(base, model_dir)

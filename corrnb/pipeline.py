@@ -29,7 +29,20 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 import corrnb
 from .config import Settings
 from .files import atomic_write, content_hash, folder_hash, require, sha256
-from .notebooks import REPORTS, STAGES, Kernel, Screen, Stage, code_hash, execute_stage, load_stages, write_log
+from corrnb.notebooks import (
+    REPORTS,
+    STAGES,
+    Kernel,
+    Screen,
+    Stage,
+    absolute_paths,
+    code_hash,
+    execute_stage,
+    load_stages,
+    relative_paths,
+    warn_of_weak_secrets,
+    write_log,
+)
 from corrnb.parameters import (
     FILES,
     NO_FILES,
@@ -140,7 +153,8 @@ def write_params(
     "Write `params.json`: what this run is made from"
     versions = {p: metadata.version(p) for p in ('torch', 'transformers', 'peft')}
     versions |= {'python': platform.python_version(), 'corrnb': corrnb.__version__}
-    record = dict(profile=inputs.profile, parameters=inputs.config.values(), sources=inputs.sources,
+    parameters = relative_paths(inputs.config.values(), folder)
+    record = dict(profile=inputs.profile, parameters=parameters, sources=inputs.sources,
                   inputs=inputs.digests, versions=versions, commit=_commit())
     atomic_write(folder/'params.json', json.dumps(record, indent=1) + '\n')
 
@@ -149,7 +163,7 @@ def read_params(
 ) -> Inputs:        # PipelineError for a parameter that this version does not know
     "What a run was made from"
     saved = json.loads((folder/'params.json').read_text())
-    try: config = RunConfig(**saved['parameters'])
+    try: config = RunConfig(**absolute_paths(saved['parameters'], folder))
     except (TypeError, ValueError) as e:
         raise PipelineError(f'{folder} was made by another version of corrnb: {e}') from None
     return Inputs(saved['profile'], config, saved.get('sources', {}), saved['inputs'])
@@ -206,7 +220,7 @@ def _finish(
 ) -> dict:
     "Write the marker of a finished stage; the marker"
     pairs = folder/'pairs.parquet'
-    parameters = {n: getattr(config, n) for n in stage.parameters}
+    parameters = relative_paths({n: getattr(config, n) for n in stage.parameters}, folder)
     finished = datetime.now(timezone.utc).isoformat(timespec='seconds')
     marker = dict(key=content_hash(*parts.values()), data=sha256(pairs) if pairs.exists() else None,
                   parameters=parameters, parts=parts, seconds=round(seconds, 2), finished=finished)
@@ -309,6 +323,7 @@ def run_pipeline(
     stages = load_stages(notebooks)
     inputs = read_inputs(profile, overrides, stages[0].path.parent)
     path = Path(runs_dir).resolve()/(checked_name(name) or inputs.name)
+    warn_of_weak_secrets()
     with run_folder(path, fresh) as folder, Kernel(Settings().ONE_KERNEL) as kernel:
         write_params(folder, inputs)
         if inputs.sources: say(describe_sources(inputs.config, inputs.sources, inputs.profile))
@@ -356,6 +371,7 @@ def evaluate_run(
     given = check_parameters(overrides or {})
     if other := [n for n in overrides or {} if n not in stage.parameters]:
         raise ParameterError(f'{other[0]} is no parameter of {stage.name}: {", ".join(stage.parameters)}')
+    warn_of_weak_secrets()
     with run_folder(find_run(model, runs_dir)) as folder:
         _check_pairs(folder)
         saved = read_params(folder)

@@ -275,7 +275,7 @@ def _untuned(predictor, rows, near, tuned: AnswerDistribution) -> AnswerDistribu
         print('the adapter changes nothing: the checkpoint that was kept is from before the first update')
     return found
 
-def _other_forecasts(config, run, retriever, train, rows) -> tuple[pd.DataFrame, dict]:
+def _other_forecasts(config, run, retriever, k, train, rows) -> tuple[pd.DataFrame, dict]:
     "Baselines and members of validation rows, which know training rows, and of test rows, which know both"
     points, forecasts, val = [], [], rows[rows.split == 'val']
     for side, splits, known in (('val', ('train',), train), ('test', ('train', 'val'), pd.concat([train, val]))):
@@ -284,13 +284,13 @@ def _other_forecasts(config, run, retriever, train, rows) -> tuple[pd.DataFrame,
         members = load_members(run/'model'/'members', retriever, splits)
         forecasts.append(members.forecasts(asked))
         vectors = dict(train_vectors=members.retriever.vectors(known), row_vectors=members.retriever.vectors(asked))
-        near = members.retriever.known(asked, max(1, config.rag_top_k))
+        near = members.retriever.known(asked, k)
         points.append(baseline_predictions(known, asked, config.target, neighbours=near, **vectors))
     seconds = [p.attrs.pop('seconds_per_query') for p in points]
     found = {name: AnswerDistribution(d.values, torch.cat([f[name].log_probs for f in forecasts]))
              for name, d in forecasts[0].items()}
-    joined = pd.concat(points)
-    joined.attrs['seconds_per_query'] = {n: float(np.mean([s[n] for s in seconds])) for n in seconds[0]}
+    joined = pd.concat(points, join='inner')   # without a baseline that has failed on one side
+    joined.attrs['seconds_per_query'] = {n: float(np.mean([s[n] for s in seconds])) for n in joined}
     return joined, found
 
 def forecast(
@@ -314,7 +314,7 @@ def forecast(
     alone = predictor.model_distribution(rows, near, progress=True)
     clock.append(time.perf_counter())
     compared, lacking = _comparisons(config, run, predictor, rows)
-    points, members = _other_forecasts(config, run, retriever, train, rows)
+    points, members = _other_forecasts(config, run, retriever, max(1, predictor.k), train, rows)
     forecasts = {'untuned_model': _untuned(predictor, rows, near, alone)} if config.untuned else {}
     forecasts |= compared | members | {'language_model': alone}
     stack = predictor.stack if config.use_rag else None
@@ -326,7 +326,7 @@ def forecast(
     for name, d in forecasts.items(): points[name] = d.mean.numpy()
     retrieval, asking = np.diff(clock)/(len(rows), max(1, len(predictor.asked.known[True]) - known))
     seconds = points.attrs.pop('seconds_per_query') | dict(language_model=retrieval + asking, model=retrieval + asking)
-    seconds['knn'] += retrieval
+    if 'knn' in seconds: seconds['knn'] += retrieval
     nearest = retriever.known(rows, 1)[1][:, 0]
     return Forecasts(train, rows, predictor, near, nearest, points, forecasts, seconds, [*compared], lacking)
 

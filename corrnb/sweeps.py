@@ -28,7 +28,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .config import Settings
 from .files import atomic_write, content_hash, require
-from .notebooks import REPORTS, STAGES, Kernel, Stage, execute_stage, load_stages, read_stage, stage_folder
+from corrnb.notebooks import (
+    REPORTS,
+    STAGES,
+    Kernel,
+    Stage,
+    execute_stage,
+    load_stages,
+    read_stage,
+    relative_paths,
+    stage_folder,
+    warn_of_weak_secrets,
+)
 from .parameters import FILES, PARAMETERS, ParameterError, PipelineError, RunConfig, check_parameters, describe
 from corrnb.pipeline import (
     Inputs,
@@ -45,7 +56,7 @@ from corrnb.pipeline import (
 # %% ../nbs/33_sweeps.ipynb #5958de7a
 def _text(value) -> str:
     "A value as one would type it"
-    return str(value).removesuffix('.0')
+    return str(value).removesuffix('.0') if isinstance(value, float) else str(value)
 
 def sweep_values(
     name: str,    # of a parameter
@@ -81,9 +92,13 @@ def combinations(
     swept = {name: v for name, v in found.items() if len(v) > 1}
     if not swept: raise ParameterError('Nothing to sweep: give a parameter several values, such as -p seed 1,2,3')
     chosen = [dict(zip(swept, v)) for v in product(*swept.values())]
-    names = [','.join(f"{n}={quote(_text(v), safe='')}" for n, v in run.items()) for run in chosen]
     inputs = [read_inputs(profile, overrides | run, notebooks) for run in chosen]
-    return swept, [Combination(*run) for run in zip(names, inputs)]
+    return swept, [Combination(_folder_name(run, made_from), made_from) for run, made_from in zip(chosen, inputs)]
+
+def _folder_name(chosen: dict, inputs: Inputs) -> str:
+    "Name of the folder of a combination; the folder of a model goes by its own name and its content"
+    def text(n, v): return f'{Path(v).name}-{inputs.digests[n][:8]}' if n in inputs.digests else _text(v)
+    return ','.join(f"{n}={quote(text(n, v), safe='')}" for n, v in chosen.items())
 
 # %% ../nbs/33_sweeps.ipynb #dd95ee35
 @dataclass(frozen=True)
@@ -219,9 +234,11 @@ def run_sweep(
     all_inputs = [run.inputs.config.values() | run.inputs.digests for run in runs]
     name = checked_name(name) or f'sweep-{runs[0].inputs.profile}-{content_hash(all_inputs, n=8)}'
     path = Path(runs_dir).resolve()/name
+    warn_of_weak_secrets()
     with run_folder(path, fresh, SWEEP) as folder, Kernel(Settings().ONE_KERNEL) as kernel:
         sweep, profile = Sweep(folder, stages, verbose), runs[0].inputs.profile
-        record = dict(profile=profile, swept=swept, training=training, runs=[run.name for run in runs])
+        shown = {n: [relative_paths({n: v}, folder)[n] for v in values] for n, values in swept.items()}
+        record = dict(profile=profile, swept=shown, training=training, runs=[run.name for run in runs])
         atomic_write(folder/SWEEP, json.dumps(record, indent=1) + '\n')
         print(f'Sweep folder: {folder}', flush=True)
         _prepare_bases(runs, sweep, kernel)
