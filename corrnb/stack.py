@@ -164,8 +164,8 @@ def fit_stack(
     "Weights of the members, then that of the language model beside them"
     base = Stack(dict(zip(out_of_fold, pool_weights(crps_form(out_of_fold, y, weight)).tolist())))
     both = dict(rest=base(validation), language_model=validation['language_model'])
-    equal, form = 1/(len(out_of_fold) + 1), crps_form(both, y_validation, np.ones(len(y_validation)))
-    rest, model = pool_weights(form, np.array([1 - equal, equal]))
+    form = crps_form(both, y_validation, np.ones(len(y_validation)))
+    rest, model = pool_weights(form, np.array([1., 0.]))   # the others know fewer rows here than later
     return Stack({n: rest*w for n, w in base.weights.items()} | dict(language_model=float(model)))
 
 # %% ../nbs/24_stack.ipynb #a4c76927
