@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIMILAR', 'SHRINKAGE', 'Holdouts', 'holdouts', 'neighbours_forecast', 'fit_neighbours', 'Members', 'fit_members',
-           'crps_form', 'pool_weights', 'Stack', 'equal_weights', 'fit_stack', 'save_members', 'load_members']
+           'crps_form', 'pool_weights', 'Stack', 'equal_weights', 'fit_pool', 'fit_stack', 'save_members',
+           'load_members']
 
 # %% ../nbs/24_stack.ipynb #288e8bd9
 import json
@@ -155,6 +156,13 @@ def equal_weights(names) -> Stack:
     "The plain average, which any choice of weights has to beat"
     return Stack({n: 1/len(names) for n in names})
 
+def fit_pool(
+    out_of_fold: dict[str, AnswerDistribution],  # of rows whose contracts were hidden, by member
+    y, weight                                    # labels and weights of these rows
+) -> Stack:
+    "Weights of members that can be asked without their contracts"
+    return Stack(dict(zip(out_of_fold, pool_weights(crps_form(out_of_fold, y, weight)).tolist())))
+
 def fit_stack(
     out_of_fold: dict[str, AnswerDistribution],  # of rows whose contracts were hidden, by member
     y, weight,                                   # labels and weights of these rows
@@ -162,7 +170,7 @@ def fit_stack(
     y_validation                                 # labels of these
 ) -> Stack:
     "Weights of the members, then that of the language model beside them"
-    base = Stack(dict(zip(out_of_fold, pool_weights(crps_form(out_of_fold, y, weight)).tolist())))
+    base = fit_pool(out_of_fold, y, weight)
     both = dict(rest=base(validation), language_model=validation['language_model'])
     equal, form = 1/(len(out_of_fold) + 1), crps_form(both, y_validation, np.ones(len(y_validation)))
     rest, model = pool_weights(form, np.array([1 - equal, equal]))
