@@ -38,7 +38,7 @@ VECTORIZERS = (dict(tokenizer=words, token_pattern=None, ngram_range=(1, 2)),
 def contracts_of(
     rows: pd.DataFrame  # n pairs
 ) -> tuple[pd.DataFrame, np.ndarray]:  # contracts with the `FIELDS` that there are; (n, 2) positions
-    "Contracts of pairs: what has the same title, event, venue, category and closing date is one contract"
+    "Contracts of pairs: what has the same title, details, event, venue, category and closing date is one contract"
     fields = [f for f in FIELDS if f'contract_a_{f}' in rows and f'contract_b_{f}' in rows]
     sides = [rows[[f'contract_{s}_{f}' for f in fields]].set_axis(fields, axis=1) for s in 'ab']
     both = pd.concat(sides, ignore_index=True).astype(object)
