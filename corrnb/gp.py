@@ -63,7 +63,7 @@ class Views:
     ):
         self.embed, self.layers = embed, tuple(layers) if embed else ()
         self.words = [TfidfVectorizer(**o).fit(sorted(set(contracts.title))) for o in VECTORIZERS]
-        self.centers = [v.mean(0) for v in embed(np.unique(_texts(contracts)), self.layers)] if self.layers else []
+        self.centers = [v.mean(0) for v in embed(np.unique(_texts(contracts)), self.layers)] if embed and layers else []
         self.columns = [f for f in FIELDS[2:5] if f in contracts and contracts[f].nunique() > 1]
         self.dates = 'close_date' in contracts and contracts.close_date.nunique() > 1
         self.texts = [f'layer {layer}' for layer in self.layers] + ['words', 'characters']
@@ -72,7 +72,7 @@ class Views:
     def features(self, contracts: pd.DataFrame) -> list:  # of each view: unit vectors (n, ...), or words or days (n,)
         "What the distances are measured between"
         texts, where = np.unique(_texts(contracts), return_inverse=True)
-        states = self.embed(texts, self.layers) if self.layers else []
+        states = self.embed(texts, self.layers) if self.embed and self.layers else []
         found = [normalize(v, c)[where] for v, c in zip(states, self.centers)]
         found += [w.transform(contracts.title) for w in self.words]
         return found + [self._column(contracts, f) for f in self.columns] + [self._days(contracts)]*self.dates

@@ -81,14 +81,15 @@ class Members:
 
     def forecasts(self, rows: pd.DataFrame) -> dict[str, AnswerDistribution]:
         "Of rows that need not be known, by member"
-        near = self.retriever.known(rows, SIMILAR)
-        return dict(gp=self.gp.distribution(rows), neighbours=neighbours_forecast(*near, self.settings))
+        values, distances = self.retriever.known(rows, SIMILAR)
+        neighbours = neighbours_forecast(values, distances, self.settings)
+        return dict(gp=self.gp.distribution(rows), neighbours=neighbours)
 
     def out_of_fold(self, rows: pd.DataFrame, held: Holdouts) -> dict[str, AnswerDistribution]:
         "Of the rows asked in `held`, without what is hidden; `rows`: those that the members know"
         gp = self.gp.leave_out(held.row, held.hidden)
-        known = self.retriever.known(rows.iloc[held.row], SIMILAR, held.hidden)
-        return dict(gp=gp, neighbours=neighbours_forecast(*known, self.settings))
+        values, distances = self.retriever.known(rows.iloc[held.row], SIMILAR, held.hidden)
+        return dict(gp=gp, neighbours=neighbours_forecast(values, distances, self.settings))
 
     def given(self, rows: pd.DataFrame):  # Members
         "The same members, knowing other rows"
@@ -106,8 +107,8 @@ def fit_members(
     gp, retriever = PairGP(retriever.embed, layers).fit(rows, target), retriever.given(rows)
     held = holdouts(rows, novelty, gp.kept)
     y = rows[target].to_numpy(float)[held.row]
-    known = retriever.known(rows.iloc[held.row], SIMILAR, held.hidden)
-    return Members(gp, retriever, fit_neighbours(*known, y, held.weight)), held
+    values, distances = retriever.known(rows.iloc[held.row], SIMILAR, held.hidden)
+    return Members(gp, retriever, fit_neighbours(values, distances, y, held.weight)), held
 
 # %% ../nbs/24_stack.ipynb #8088eea3
 SHRINKAGE = 0.05  # of the weights: a member alone has to be this much, times its squared distance, better in CRPS
