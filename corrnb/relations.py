@@ -6,7 +6,8 @@
 __all__ = ['Range', 'Claim', 'Relation', 'COUNTS', 'SCALES', 'NUMBER', 'RISE', 'FALL', 'TO', 'HIT', 'UP', 'DOWN', 'OR', 'DAY',
            'MONTH', 'LIMITS', 'NEGATION', 'IGNORED', 'WINNING', 'ONE', 'ONE_WINNER', 'SHARED', 'RANK', 'RULES', 'KINDS',
            'COLUMNS', 'RELATED', 'read_title', 'same_question', 'complement', 'bracket', 'ladder', 'opposite',
-           'same_direction', 'exclusive', 'other_outcome', 'compare', 'relation', 'relations', 'pair_columns']
+           'same_direction', 'exclusive', 'other_outcome', 'compare', 'relation', 'distinct_rows', 'relations',
+           'pair_columns']
 
 # %% ../nbs/15_relations.ipynb #15d49452
 import calendar
@@ -191,6 +192,16 @@ def relation(title_a: str, title_b: str, event_a=None, event_b=None, close_a=Non
     "What logic fixes between two contracts, from titles and, where known, event ids and closing dates."
     return compare(read_title(title_a, event_a, close_a), read_title(title_b, event_b, close_b))
 
+def distinct_rows(
+    frame: pd.DataFrame  # n rows; missing values are equal
+) -> tuple[np.ndarray, np.ndarray]:  # positions of the first of each, in order; (n,) number of each row among these
+    "Which rows are there, column by column: a million rows take a second"
+    codes = np.zeros(len(frame), dtype=int)
+    for name in frame:
+        of_column, _ = pd.factorize(frame[name])
+        codes, _ = pd.factorize(codes*(of_column.max(initial=0) + 2) + of_column + 1)
+    return np.flatnonzero(~pd.Series(codes).duplicated()), codes
+
 def relations(
     pairs: pd.DataFrame,  # contract_a_title, contract_b_title; where known, the same with event_id and close_date
     contracts: pd.DataFrame | None = None,  # contract_id and event_id, close_date, for columns that `pairs` lacks
@@ -199,10 +210,11 @@ def relations(
     known = pd.DataFrame() if contracts is None else contracts.drop_duplicates('contract_id').set_index('contract_id')
     def column(side, name):
         own, ids = f'contract_{side}_{name}', pairs.get(f'contract_{side}_id', pairs.index.to_series())
-        values = pairs[own] if own in pairs else ids.map(known.get(name, {}))
-        return values.astype(object).where(values.notna(), None)
-    def side(s): return pd.MultiIndex.from_arrays([column(s, name) for name in ('title', 'event_id', 'close_date')])
-    codes, contracts = side('a').append(side('b')).factorize()
+        return pairs[own] if own in pairs else ids.map(known.get(name, {}))
+    names = ('title', 'event_id', 'close_date')
+    both = pd.DataFrame({n: pd.concat([column(s, n) for s in 'ab'], ignore_index=True) for n in names})
+    first, codes = distinct_rows(both)
+    contracts = both.iloc[first].astype(object).to_numpy()
     claims = [read_title(*(None if pd.isna(v) else v for v in values)) for values in contracts]
     words, events = [pd.factorize(np.array([*of, None], object)[:-1])[0][codes].reshape(2, -1)
                      for of in ([c.words for c in claims], [c.event for c in claims])]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIMILAR', 'SHRINKAGE', 'Holdouts', 'holdouts', 'neighbours_forecast', 'fit_neighbours', 'Members', 'fit_members',
-           'crps_form', 'pool_weights', 'Stack', 'equal_weights', 'fit_stack', 'save_members', 'load_members']
+           'crps_form', 'pool_weights', 'Stack', 'equal_weights', 'fit_pool', 'fit_stack', 'save_members',
+           'load_members']
 
 # %% ../nbs/24_stack.ipynb #288e8bd9
 import json
@@ -80,14 +81,15 @@ class Members:
 
     def forecasts(self, rows: pd.DataFrame) -> dict[str, AnswerDistribution]:
         "Of rows that need not be known, by member"
-        near = self.retriever.known(rows, SIMILAR)
-        return dict(gp=self.gp.distribution(rows), neighbours=neighbours_forecast(*near, self.settings))
+        values, distances = self.retriever.known(rows, SIMILAR)
+        neighbours = neighbours_forecast(values, distances, self.settings)
+        return dict(gp=self.gp.distribution(rows), neighbours=neighbours)
 
     def out_of_fold(self, rows: pd.DataFrame, held: Holdouts) -> dict[str, AnswerDistribution]:
         "Of the rows asked in `held`, without what is hidden; `rows`: those that the members know"
         gp = self.gp.leave_out(held.row, held.hidden)
-        known = self.retriever.known(rows.iloc[held.row], SIMILAR, held.hidden)
-        return dict(gp=gp, neighbours=neighbours_forecast(*known, self.settings))
+        values, distances = self.retriever.known(rows.iloc[held.row], SIMILAR, held.hidden)
+        return dict(gp=gp, neighbours=neighbours_forecast(values, distances, self.settings))
 
     def given(self, rows: pd.DataFrame):  # Members
         "The same members, knowing other rows"
@@ -105,8 +107,8 @@ def fit_members(
     gp, retriever = PairGP(retriever.embed, layers).fit(rows, target), retriever.given(rows)
     held = holdouts(rows, novelty, gp.kept)
     y = rows[target].to_numpy(float)[held.row]
-    known = retriever.known(rows.iloc[held.row], SIMILAR, held.hidden)
-    return Members(gp, retriever, fit_neighbours(*known, y, held.weight)), held
+    values, distances = retriever.known(rows.iloc[held.row], SIMILAR, held.hidden)
+    return Members(gp, retriever, fit_neighbours(values, distances, y, held.weight)), held
 
 # %% ../nbs/24_stack.ipynb #8088eea3
 SHRINKAGE = 0.05  # of the weights: a member alone has to be this much, times its squared distance, better in CRPS
@@ -136,7 +138,7 @@ def pool_weights(
     found = minimize(loss, aim, jac=slope, method='SLSQP', bounds=[(0, 1)]*len(aim), constraints=sums_to_one).x.clip(0)
     return found/found.sum()
 
-# %% ../nbs/24_stack.ipynb #b1708bf9
+# %% ../nbs/24_stack.ipynb #d224b300
 @dataclass(frozen=True)
 class Stack:
     "A linear pool; plain numbers, so that `asdict` of it goes into a JSON file"
@@ -155,6 +157,13 @@ def equal_weights(names) -> Stack:
     "The plain average, which any choice of weights has to beat"
     return Stack({n: 1/len(names) for n in names})
 
+def fit_pool(
+    out_of_fold: dict[str, AnswerDistribution],  # of rows whose contracts were hidden, by member
+    y, weight                                    # labels and weights of these rows
+) -> Stack:
+    "Weights of members that can be asked without their contracts"
+    return Stack(dict(zip(out_of_fold, pool_weights(crps_form(out_of_fold, y, weight)).tolist())))
+
 def fit_stack(
     out_of_fold: dict[str, AnswerDistribution],  # of rows whose contracts were hidden, by member
     y, weight,                                   # labels and weights of these rows
@@ -162,7 +171,7 @@ def fit_stack(
     y_validation                                 # labels of these
 ) -> Stack:
     "Weights of the members, then that of the language model beside them"
-    base = Stack(dict(zip(out_of_fold, pool_weights(crps_form(out_of_fold, y, weight)).tolist())))
+    base = fit_pool(out_of_fold, y, weight)
     both = dict(rest=base(validation), language_model=validation['language_model'])
     form = crps_form(both, y_validation, np.ones(len(y_validation)))
     rest, model = pool_weights(form, np.array([1., 0.]))   # the others know fewer rows here than later
