@@ -217,6 +217,7 @@ class PairGP:
         near = self._near(self.features)
         k = covariance(self.scales, near, self.ab, self.ab, self.u, self.u, self.x, self.x) + noise.diag()
         self.precision = cho_solve(cho_factor(k.numpy(), lower=True), np.eye(len(k)))
+        self.root = np.asfortranarray(cholesky(self.precision, lower=True), np.float32)
         self.weights = self.precision @ self.z
         return self
 
@@ -263,7 +264,6 @@ class PairGP:
         features, columns = self.views.features(contracts), torch.tensor(pair_columns(rows).to_numpy())
         small = {k: v.float() for k, v in self.scales.items()}
         near, known = self._near(features).float(), (self.u.float(), self.x.float())
-        root = np.asfortranarray(cholesky(self.precision, lower=True), np.float32)
         apart, n_texts = self.views.sides(features, ab), len(self.views.texts)
         mean, variance = np.empty(len(rows)), np.empty(len(rows))
         for part in torch.arange(len(rows)).split(max(1, ENTRIES//len(self.z))):
@@ -273,7 +273,7 @@ class PairGP:
             k = covariance(small, near, torch.tensor(ab[i]), self.ab, u.float(), known[0], x.float(), known[1])
             mean[i] = k @ torch.tensor(self.weights).float()
             own = own_variance(self.scales, pair, u, x) + nugget(self.scales, x)
-            explained = strmm(1, root, k.numpy().T, lower=1, trans_a=1, overwrite_b=1)   # half of the work of `@`
+            explained = strmm(1, self.root, k.numpy().T, lower=1, trans_a=1, overwrite_b=1)   # half of the work of `@`
             variance[i] = own - (explained**2).sum(0)
         return mean, variance.clip(1e-6)
 
