@@ -255,7 +255,8 @@ class Forecasts:
         row, used = self.rows.iloc[i], 'equal_average' in self.distributions
         weights = self.predictor.stack.weights if used else {}
         members = {n: (w, self.distributions[n].mean[i].item()) for n, w in weights.items()}
-        return Prediction(*row[TITLES], self.distributions['model'][i], self.shown[i], members=members)
+        titles, found = [row[c] for c in TITLES], self.distributions['model'][i]
+        return Prediction(titles[0], titles[1], found, self.shown[i], members=members)
 
 def _comparisons(config, run, predictor, rows) -> tuple[dict, str]:
     "Forecasts of the comparisons that were trained, and a sentence on those that were not"

@@ -407,7 +407,7 @@ def query_speed(bench: Bench, predictor, rows, k: int):
         with bench.clock() as took: predictor.predict(r.contract_a_title, r.contract_b_title)
         times.append(took[0])
     near, _ = predictor.neighbours(rows.tail(1), k)
-    prompts = predictor.prompts([tuple(rows.iloc[-1][['contract_a_title', 'contract_b_title']])], near)
+    prompts = predictor.prompts(rows.tail(1), near)
     ids = torch.tensor([encode(bench.tokenizer, prompts[:1])[0] + bench.grid.prefix_ids], device=bench.device)
     p50, p95 = statistics.median(times), sorted(times)[min(len(times) - 1, int(.95*len(times)))]
     bench.record(f'one query, p50, {name}', p50, 's',
