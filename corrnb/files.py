@@ -90,8 +90,6 @@ def atomic_write(
     with atomic_file(path) as tmp: tmp.write_bytes(data.encode() if isinstance(data, str) else data)
     return Path(path)
 
-
-
 # %% ../nbs/01_files.ipynb #bb00f73b
 def _swap(a: Path, b: Path) -> bool:
     "Exchange two folders in one step; False where the system or the disk cannot"
@@ -126,8 +124,6 @@ def atomic_dir(
             _replace_dir(tmp, path)
             _fsync(path.parent)
     finally: shutil.rmtree(tmp, ignore_errors=True)
-
-
 
 # %% ../nbs/01_files.ipynb #b7b2a13c
 def require(
@@ -178,5 +174,3 @@ def folder_hash(
                 f.seek(i)
                 parts.append(f.read(part))
     return content_hash(*parts)
-
-

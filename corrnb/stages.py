@@ -162,7 +162,7 @@ def _measured(rows: pd.DataFrame, target: str) -> pd.DataFrame:  # label errors 
     return rows if target == 'price_correlation' else rows.drop(columns='fisher_z_se', errors='ignore')
 
 def _fit_stack(config, predictor, sides, near) -> tuple[Members, Stack, dict[str, float]]:
-    "The other members, the weights of all, and the CRPS of validation rows that none of them knows"
+    "The other members, the weights of all, and the CRPS of validation rows, whose labels none is given there"
     train_rows, val, test = (_measured(side, config.target) for side in sides)
     known, layers = pd.concat([train_rows, val], ignore_index=True), tuple(spread_layers(predictor.model))
     members, held = fit_members(known, config.target, test.novelty, predictor.retriever, layers)
@@ -185,10 +185,10 @@ def train(
     run: Path           # run folder with an index
 ) -> Trained|None:      # None in all but the first of several processes, which train together
     "Fine-tune the language model, or go on with a training that was interrupted, and fit the stack"
-    target, training, (_, val, test) = config.target, config.training(run/'checkpoints'), read_sides(run)
-    warn_of_seen(val, test)
+    target, training, sides = config.target, config.training(run/'checkpoints'), read_sides(run)
+    warn_of_seen(*sides[1:])
     tokenizer, model = _load_model(config)
-    train_rows, val, test = (texts_of(config)(rows, tokenizer) for rows in read_sides(run))
+    train_rows, val, test = (texts_of(config)(rows, tokenizer) for rows in sides)
     taught = limit_pairs(train_rows, config.limit_model, 0, config.seed)   # the other members know all
     made_from = dict(target=target, rows=rows_fingerprint(train_rows, target))   # an index of anything else is refused
     retriever = PairRetriever.load(require('index', run/'index'), model, tokenizer, _vectors_cache(), expect=made_from)
@@ -235,9 +235,10 @@ def _save_training(config, run, done: Trained, taught, made_from):
 class Forecasts:
     "What every method predicts for the held-out rows"
     train: pd.DataFrame                            # training rows
-    rows: pd.DataFrame                             # validation and test rows
+    val: pd.DataFrame                              # validation rows, all of them: test rows may know them
+    rows: pd.DataFrame                             # validation and test rows to predict
     predictor: CorrelationPredictor
-    near: list[list[dict]]                         # similar pairs of each row, nearest first
+    near: list[list[dict]]                         # similar pairs that the model was shown, nearest first
     nearest: np.ndarray                            # squared distance of each row's nearest training pair
     points: pd.DataFrame                           # one column per method, index of `rows`
     distributions: dict[str, AnswerDistribution]   # of methods that forecast one
@@ -245,18 +246,13 @@ class Forecasts:
     compared: list[str]                            # comparisons that were trained
     lacking: str = ''                              # a sentence on those that were not
 
-    @property
-    def shown(self) -> list[list[dict]]:
-        "Similar pairs that the model was shown"
-        return [n[:self.predictor.k] for n in self.near]
-
     def prediction(self, i: int) -> Prediction:
         "The forecast of a held-out row as a person sees it"
         row, used = self.rows.iloc[i], 'equal_average' in self.distributions
         weights = self.predictor.stack.weights if used else {}
         members = {n: (w, self.distributions[n].mean[i].item()) for n, w in weights.items()}
         titles, found = [row[c] for c in TITLES], self.distributions['model'][i]
-        return Prediction(titles[0], titles[1], found, self.shown[i], members=members)
+        return Prediction(titles[0], titles[1], found, self.near[i], members=members)
 
 def _comparisons(config, run, predictor, rows) -> tuple[dict, str]:
     "Forecasts of the comparisons that were trained, and a sentence on those that were not"
@@ -276,9 +272,9 @@ def _untuned(predictor, rows, near, tuned: AnswerDistribution) -> AnswerDistribu
         print('the adapter changes nothing: the checkpoint that was kept is from before the first update')
     return found
 
-def _other_forecasts(config, run, retriever, k, train, rows) -> tuple[pd.DataFrame, dict]:
+def _other_forecasts(config, run, retriever, k, train, val, rows) -> tuple[pd.DataFrame, dict]:
     "Baselines and members of validation rows, which know training rows, and of test rows, which know both"
-    points, forecasts, val = [], [], rows[rows.split == 'val']
+    points, forecasts = [], []
     for side, splits, known in (('val', ('train',), train), ('test', ('train', 'val'), pd.concat([train, val]))):
         asked = rows[rows.split == side]
         if not len(asked): continue
@@ -299,13 +295,13 @@ def forecast(
     run: Path           # run folder with a trained model
 ) -> Forecasts:         # FileNotFoundError that names the stage to run first
     "Predict the held-out rows by every method"
-    pairs = limit_pairs(pd.read_parquet(require('prepare', run/'pairs.parquet')), 0, config.samples)
-    train, *held_out = (pairs[pairs.split == side] for side in ('train', 'val', 'test'))
-    train, rows = train.reset_index(drop=True), pd.concat(held_out, ignore_index=True)
+    train, val, test = read_sides(run)
+    rows = limit_pairs(pd.concat([train, val, test], ignore_index=True), 0, config.samples)
+    rows = rows[rows.split != 'train'].reset_index(drop=True)
     require('train', run/'model'/'members')   # an older run has none
     predictor = CorrelationPredictor.from_run(run, target=config.target, batch_tokens=config.eval_batch_tokens,
                                               both_orders=config.both_orders, known=())
-    train, rows = (predictor.texts(side, predictor.grid.tokenizer) for side in (train, rows))
+    train, val, rows = (predictor.texts(side, predictor.grid.tokenizer) for side in (train, val, rows))
     retriever, predictor.asked = predictor.retriever, Asked(predictor.model, run/'asked.parquet')
     known = len(predictor.asked.known[True])
     if not config.use_rag: predictor.retriever = None
@@ -315,7 +311,7 @@ def forecast(
     alone = predictor.model_distribution(rows, near, progress=True)
     clock.append(time.perf_counter())
     compared, lacking = _comparisons(config, run, predictor, rows)
-    points, members = _other_forecasts(config, run, retriever, max(1, predictor.k), train, rows)
+    points, members = _other_forecasts(config, run, retriever, max(1, predictor.k), train, val, rows)
     forecasts = {'untuned_model': _untuned(predictor, rows, near, alone)} if config.untuned else {}
     forecasts |= compared | members | {'language_model': alone}
     stack = predictor.stack if config.use_rag else None
@@ -329,7 +325,7 @@ def forecast(
     seconds = points.attrs.pop('seconds_per_query') | dict(language_model=retrieval + asking, model=retrieval + asking)
     if 'knn' in seconds: seconds['knn'] += retrieval
     nearest = retriever.known(rows, 1)[1][:, 0]
-    return Forecasts(train, rows, predictor, near, nearest, points, forecasts, seconds, [*compared], lacking)
+    return Forecasts(train, val, rows, predictor, near, nearest, points, forecasts, seconds, [*compared], lacking)
 
 # %% ../nbs/30_stages.ipynb #ab55b88b
 PARTS = ('language_model', 'neighbours', 'gp', 'equal_average', 'untuned_stack', 'model')  # no baselines
@@ -353,7 +349,7 @@ def evaluate(
     if lost := {'val', 'test'} - set(f.rows.split):
         raise ValueError(f'pairs.parquet has no {" and no ".join(sorted(lost))} rows: there is nothing to evaluate')
     dist = f.distributions['model']
-    known = f.train[config.target], pd.concat([f.train, f.rows[f.rows.split == 'val']])[config.target]
+    known = f.train[config.target], pd.concat([f.train, f.val])[config.target]
     spread = np.stack([training_distribution(labels, dist.values) for labels in known])
     spread = spread[(f.rows.split == 'test').astype(int)]   # of test rows: training and validation rows are known
     of_methods = {'train_mean': spread} | {name: d.probs for name, d in f.distributions.items()}

@@ -28,7 +28,7 @@ from corrnb.models import load_model, load_tokenizer
 from corrnb.parameters import RunConfig
 from corrnb.rag import PairRetriever
 from corrnb.splits import add_novelty, contract_kfold, split_pairs
-from corrnb.stack import Stack, crps_form, equal_weights, fit_members, pool_weights
+from corrnb.stack import equal_weights, fit_members, fit_pool
 from corrnb.stages import build_index, evaluate, prepare, train
 
 TARGET, FOLDS = 'price_correlation', 5
@@ -87,7 +87,7 @@ def without_language_model(results: Path, name: str, dataset: str):
     retriever = PairRetriever.build(pairs, TARGET, model, tokenizer, RunConfig().embedding_layers, results/'vectors')
     members, held = fit_members(known, TARGET, rows.novelty, retriever, tuple(spread_layers(model)))
     asked, y = members.out_of_fold(known, held), known[TARGET].to_numpy()[held.row]
-    stack = Stack(dict(zip(asked, pool_weights(crps_form(asked, y, held.weight)).tolist())))
+    stack = fit_pool(asked, y, held.weight)
     found = members.forecasts(rows)
     found |= dict(equal_average=equal_weights([*found])(found), model=stack(found))
     vectors = dict(train_vectors=members.retriever.vectors(known), row_vectors=members.retriever.vectors(rows))
