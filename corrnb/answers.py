@@ -244,8 +244,8 @@ def model_inputs(
 ) -> dict:
     "Arguments of the model's forward; ValueError where its attention takes no 4D mask or does not look back far enough"
     attention, mask = model.config._attn_implementation, batch['attention_mask']
-    window, n = _window(model.config), batch['position_ids'].max().item() + 1
-    if window and n > window:
+    window = _window(model.config)
+    if window and (n := batch['position_ids'].max().item() + 1) > window:
         raise ValueError(f"{n} tokens, but the model's attention looks back {window} at most, which the tree's mask "
                          "does not know: shorten the prompt, or use method='sequences'")
     if attention == 'eager':

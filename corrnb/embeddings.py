@@ -12,7 +12,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .answers import repeated_cache
 from .files import content_hash
-from .models import encode, model_fingerprint, token_batches
+from .models import encode, model_fingerprint, token_batches, without_adapter
 
 # %% ../nbs/14_embeddings.ipynb #32f8a369
 def _tokens(tokenizer, texts, longest: int) -> list[tuple[int, ...]]:
@@ -176,14 +176,15 @@ def _embed(model, sequences, layers, batch_tokens, special) -> np.ndarray:  # (l
     decoder, layers = _decoder(model, layers)
     out = np.empty((len(layers), len(sequences), decoder.config.hidden_size), dtype=np.float32)
     was_training = model.training
-    model.eval()
+    if was_training: model.eval()    # a walk through all modules: only where it is needed
     try:
-        with (model.disable_adapter() if isinstance(model, PeftModel) else nullcontext(),
+        with (without_adapter(model),
               tqdm(total=len(sequences), desc='embedding', unit=' texts', delay=3, leave=False) as bar):
             for batch in token_batches([len(s) for s in sequences], batch_tokens):
                 out[:, batch] = _pooled_in_memory(decoder, [sequences[i] for i in batch], layers, special)
                 bar.update(len(batch))
-    finally: model.train(was_training)
+    finally:
+        if was_training: model.train()
     return out
 
 # %% ../nbs/14_embeddings.ipynb #4f374495
@@ -242,18 +243,17 @@ def embed_texts(
     sequences = _tokens(tokenizer, texts, decoder.config.max_position_embeddings)
     if not sequences: return np.empty((len(layers), 0, decoder.config.hidden_size), dtype=np.float32)
     special = _special_ids(tokenizer)
-    keys = {s: content_hash(s, n=32) for s in dict.fromkeys(sequences)}
-    stores, known = [], [{} for _ in layers]
+    keys = {s: [f'{layer} {content_hash(s, n=32)}' for layer in layers] for s in dict.fromkeys(sequences)}
+    store, known = None, {}
     if cache_dir is not None:
-        made_from = [content_hash('mean of text tokens', model_fingerprint(model), i, special) for i in layers]
-        stores = [Path(cache_dir)/f'{name}.sqlite' for name in made_from]
-        known = [_read_cache(store, list(keys.values())) for store in stores]
-    if new := [s for s in keys if any(keys[s] not in of_layer for of_layer in known)]:
+        store = Path(cache_dir)/f"{content_hash('mean of text tokens', model_fingerprint(model), special)}.sqlite"
+        known = _read_cache(store, [k for of_text in keys.values() for k in of_text])
+    if new := [s for s in keys if any(k not in known for k in keys[s])]:
         found = _embed(model, new, layers, batch_tokens, special)
-        vectors = [dict(zip([keys[s] for s in new], of_layer)) for of_layer in found]
-        for store, of_layer in zip(stores, vectors): _write_cache(store, of_layer)
-        known = [old | of_layer for old, of_layer in zip(known, vectors)]
-    return np.stack([[of_layer[keys[s]] for s in sequences] for of_layer in known])
+        vectors = {k: v for s, of_text in zip(new, found.swapaxes(0, 1)) for k, v in zip(keys[s], of_text)}
+        if store: _write_cache(store, vectors)
+        known |= vectors
+    return np.stack([[known[keys[s][i]] for s in sequences] for i in range(len(layers))])
 
 # %% ../nbs/14_embeddings.ipynb #3c633d32
 def normalize(vectors, center=None) -> np.ndarray:  # (n, h) float32

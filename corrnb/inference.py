@@ -29,7 +29,7 @@ from .data import TITLES, PairError, add_pair_keys, check_pairs, text_key
 from .embeddings import FrozenBlocks, n_frozen
 from .files import atomic_write, content_hash
 from .manifests import base_name, check_manifest, read_manifest
-from .models import encode, load_model, load_tokenizer, model_fingerprint
+from .models import encode, load_model, load_tokenizer, model_fingerprint, without_adapter
 from corrnb.prompts import (
     ANSWER_PREFIX,
     DETAILS,
@@ -150,6 +150,7 @@ class CorrelationPredictor:
         self.model, self.grid, self.retriever, self.stack, self.members = model.eval(), grid, retriever, stack, members
         self.k, self.nearest_last, self.batch_tokens, self.both_orders = k, nearest_last, batch_tokens, both_orders
         self.texts = texts
+        if retriever is not None and members is not None: retriever.ahead = members.gp.layers   # one pass for both
         self.asked: Asked|None = None   # what it is asked is remembered
 
 # %% ../nbs/25_inference.ipynb #cf6cb913
@@ -183,7 +184,7 @@ def model_distribution(
     room = self.model.config.max_position_embeddings - len(grid.prefix_ids) - grid.n_nodes
     prompts = self.prompts(rows, drop_far(rows, [ns[:self.k] for ns in near], grid.tokenizer, room))
     def ask(prompts, frozen=None):
-        with nullcontext() if tuned else self.model.disable_adapter():
+        with nullcontext() if tuned else without_adapter(self.model):
             options = dict(batch_tokens=self.batch_tokens, progress=progress, frozen=frozen)
             return self.grid.distribution(self.model, prompts, **options).log_probs
     log_probs = ask(prompts) if self.asked is None else self.asked(prompts, ask, tuned)
@@ -251,6 +252,13 @@ def _merged(base, model_dir):
     if getattr(base, 'is_quantized', False): base = base.dequantize()
     return PeftModel.from_pretrained(base, model_dir).merge_and_unload()
 
+def _adapted(base, model_dir):
+    "The model with the adapter beside its weights, in the type that training computes in: no casts in each layer"
+    model = PeftModel.from_pretrained(base, model_dir)
+    for name, p in model.named_parameters():
+        if 'lora_' in name: p.data = p.data.to(base.dtype)
+    return model
+
 @patch(cls_method=True)
 def from_folder(
     cls: CorrelationPredictor,
@@ -270,7 +278,7 @@ def from_folder(
     def load_base(): return load_model(name, quantize=facts.get('use_4bit', False), device=device)
     base, grid = load_base(), AnswerGrid(load_tokenizer(str(model_dir)), prefix=ANSWER_PREFIX)
     check_manifest(model_dir, base, grid)
-    model = _merged(load_base(), model_dir) if merge else PeftModel.from_pretrained(base, model_dir)
+    model = _merged(load_base(), model_dir) if merge else _adapted(base, model_dir)
     embedder = base if merge else model  # not merged, the adapter is in `base`: only `model` can switch it off
     retriever, members, stack = None, None, Stack(**facts['stack']) if facts.get('stack') else None
     cache = Settings().MODEL_CACHE_DIR/'embeddings'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LLAMA3_SPLIT', 'EMBEDDED_PACKAGE', 'EMBEDDED_FILE', 'EMBEDDED_SHA256', 'EMBEDDED_HUB_ID', 'tiny_tokenizer',
            'tiny_model', 'embedded_gguf', 'embedded_folder_name', 'embedded_folder', 'public_name', 'load_tokenizer',
-           'load_model', 'encode', 'token_batches', 'add_lora', 'model_fingerprint', 'keep_weights']
+           'load_model', 'encode', 'token_batches', 'add_lora', 'without_adapter', 'model_fingerprint', 'keep_weights']
 
 # %% ../nbs/11_models.ipynb #bfe75221
 import logging
@@ -29,12 +29,14 @@ import re
 import tempfile
 import weakref
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import torch
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models as tok_models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
@@ -287,6 +289,22 @@ def add_lora(
     base = model.config.name_or_path
     config.base_model_name_or_path = EMBEDDED_HUB_ID if base == 'embedded' else base   # no folder of this machine
     return adapted
+
+# %% ../nbs/11_models.ipynb #without02
+_ADAPTED = weakref.WeakKeyDictionary()   # model: its layers with an adapter
+
+@contextmanager
+def without_adapter(
+    model: torch.nn.Module  # with an adapter or without
+):
+    "The model as it was before fine-tuning: PEFT's `disable_adapter`, without its walks through all modules"
+    layers = _ADAPTED.get(model) or [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    _ADAPTED[model] = layers   # where there is none yet, one may be added
+    before = [layer.disable_adapters for layer in layers]
+    for layer in layers: layer._disable_adapters = True
+    try: yield
+    finally:
+        for layer, disabled in zip(layers, before): layer._disable_adapters = disabled
 
 # %% ../nbs/11_models.ipynb #f905f429
 _FINGERPRINTS = weakref.WeakKeyDictionary()   # model: state of its weights, fingerprint

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from fastcore.basics import patch
+from peft.helpers import disable_input_dtype_casting
 from sklearn.metrics import mean_absolute_error, r2_score
 from torch.nn.functional import pad
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
@@ -46,6 +47,7 @@ class RegressionAugmentedTrainer(Trainer):
         self.frozen = (frozen if frozen and frozen.n == n else FrozenBlocks(self.model, n)) if n else None
         self.fitted = np.full(len(self.train_dataset), np.nan)  # prediction of each row when it was last trained on,
         self.fitted_at = np.full(len(self.train_dataset), -1)   # and the step of it
+        self._noted: list[tuple] = []                           # of the last steps, still on the device
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         "Weight of the rows and number of text tokens of a step, all its micro-batches and processes: a tensor of two"
@@ -92,15 +94,14 @@ class RegressionAugmentedTrainer(Trainer):
 
     def _keep(self, parts: dict, dist: AnswerDistribution, inputs: dict):
         "Add a micro-batch to the sums that the next log line shows, and note its predictions"
-        real = inputs['weights'] > 0
-        rows = real.to(dist.log_probs.device)
-        sums = [parts['number'][rows].sum(), parts['text'], parts['regression'][rows].sum(),
-                dist.log_mass.exp()[rows].sum(), real.sum(), (inputs['labels'] != -100).sum(),
-                inputs['n_tokens'][real].sum()]
-        sums = torch.stack([x.detach().float().to(rows.device) for x in sums])
+        device = dist.log_probs.device
+        real = (inputs['weights'] > 0).to(device)   # sums with it, as choosing rows by it would wait for the GPU
+        sums = [(parts['number']*real).sum(), parts['text'], (parts['regression']*real).sum(),
+                (dist.log_mass.exp()*real).sum(), real.sum(), (inputs['labels'] != -100).sum(),
+                (inputs['n_tokens'].to(device)*real).sum()]
+        sums = torch.stack([x.detach().float().to(device) for x in sums])
         self._parts = sums if self._parts is None else self._parts + sums
-        places = inputs['places'][real].cpu()
-        self.fitted[places], self.fitted_at[places] = dist.mean.detach()[rows].float().cpu(), self.state.global_step
+        self._noted.append((inputs['places'], real, dist.mean.detach(), self.state.global_step))
 
     def log(self, logs: dict, start_time: float|None=None):
         "Add the parts of the loss, on-grid mass and tokens/s (prompt and completion, without padding) to Trainer's log"
@@ -161,6 +162,10 @@ def fingerprint(self: RegressionAugmentedTrainer) -> str:
 @patch
 def _share_fitted(self: RegressionAugmentedTrainer):
     "Of each row the newest prediction of all processes"
+    for places, real, means, step in self._noted:
+        places, means = (x.to(real.device)[real].float().cpu() for x in (places, means))
+        self.fitted[places.long()], self.fitted_at[places.long()] = means, step
+    self._noted.clear()
     mine = torch.tensor(np.stack([self.fitted_at, self.fitted])[None], dtype=torch.float32)
     at, fitted = self.accelerator.gather(mine.to(self.accelerator.device)).cpu().numpy().astype(float).swapaxes(0, 1)
     newest = at.argmax(0)[None]
@@ -237,6 +242,7 @@ def _restore(self: RegressionAugmentedTrainer, weights: dict):
     self.model.zero_grad()
     self.optimizer, self.lr_scheduler, self.model_wrapped = None, None, self.model
     self.fitted[:], self.fitted_at[:] = np.nan, -1
+    self._noted.clear()
     clear_device_cache(garbage_collection=True)
 
 @patch
@@ -255,7 +261,9 @@ def train(
         if start: self.fitted = np.load(Path(start)/'fitted.npy', allow_pickle=False)
         set_seed(self.args.seed)
         self._parts, self._since, self._continued = None, time.perf_counter(), bool(start)
-        try: result = super(RegressionAugmentedTrainer, self).train(str(start) if start else None, **kwargs)
+        try:
+            with disable_input_dtype_casting(self.model, self.args.bf16):   # autocast does it, in less memory
+                result = super(RegressionAugmentedTrainer, self).train(str(start) if start else None, **kwargs)
         except RuntimeError as e:
             if not should_reduce_batch_size(e): raise
             self._halve(e)
@@ -292,7 +300,7 @@ def make_trainer(
         bf16=not on_cpu and weights.dtype == torch.bfloat16,   # else the adapter computes in float32
         use_cpu=on_cpu, ddp_backend='gloo' if on_cpu and 'RANK' in os.environ else None,
         ddp_find_unused_parameters=False, dataloader_pin_memory=False, remove_unused_columns=False,
-        logging_steps=min(5, every), report_to='none')
+        logging_steps=min(5, every), logging_nan_inf_filter=False, report_to='none')  # the filter would wait for the GPU
     if validation is not None:
         own |= dict(eval_strategy='steps', eval_steps=every, per_device_eval_batch_size=8, load_best_model_at_end=True,
                     metric_for_best_model='crps', greater_is_better=False)
