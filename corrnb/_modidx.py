@@ -979,4 +979,12 @@ d = { 'settings': { 'branch': 'main',
                                                                                            'corrnb/training.py'),
                                  'corrnb.training.RegressionAugmentedTrainer.train': ( 'training.html#regressionaugmentedtrainer.train',
                                                                                        'corrnb/training.py'),
-                                 'corrnb.training.make_trainer': ('training.html#make_trainer', 'corrnb/training.py')}}}
+                                 'corrnb.training.make_trainer': ('training.html#make_trainer', 'corrnb/training.py')},
+            'corrnb.wheelhouse': { 'corrnb.wheelhouse._download': ('wheelhouse.html#_download', 'corrnb/wheelhouse.py'),
+                                   'corrnb.wheelhouse._environment': ('wheelhouse.html#_environment', 'corrnb/wheelhouse.py'),
+                                   'corrnb.wheelhouse._pip': ('wheelhouse.html#_pip', 'corrnb/wheelhouse.py'),
+                                   'corrnb.wheelhouse.into_parts': ('wheelhouse.html#into_parts', 'corrnb/wheelhouse.py'),
+                                   'corrnb.wheelhouse.keep_cuda': ('wheelhouse.html#keep_cuda', 'corrnb/wheelhouse.py'),
+                                   'corrnb.wheelhouse.missing': ('wheelhouse.html#missing', 'corrnb/wheelhouse.py'),
+                                   'corrnb.wheelhouse.read_freeze': ('wheelhouse.html#read_freeze', 'corrnb/wheelhouse.py'),
+                                   'corrnb.wheelhouse.wheelhouse': ('wheelhouse.html#wheelhouse', 'corrnb/wheelhouse.py')}}}
