@@ -346,8 +346,8 @@ class PairRetriever:
             return embed_texts(self.model, self.tokenizer, texts, layers, cache_dir=self.cache_dir)
         every = [*dict.fromkeys([*layers, *self.ahead])]
         if len(texts) > RECENT: return found(texts, every if self.cache_dir else layers)[:len(layers)]
+        if len(self.recent) > RECENT*len(every): self.recent.clear()
         if new := [t for t in dict.fromkeys(texts) if any((t, i) not in self.recent for i in layers)]:
-            if len(self.recent) > RECENT*len(every): self.recent.clear()
             self.recent |= {(t, i): v for i, of_layer in zip(every, found(new, every)) for t, v in zip(new, of_layer)}
         return np.array([[self.recent[t, i] for t in texts] for i in layers])
 

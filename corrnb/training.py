@@ -111,7 +111,7 @@ class RegressionAugmentedTrainer(Trainer):
                          on_grid_mass=mass/rows, tokens=tokens)
             logs['tokens_per_second'] = tokens/(time.perf_counter() - self._since)
             self._parts, self._since = None, time.perf_counter()
-        if 'train_loss' in logs and self._continued: logs['train_loss'] = self._mean_loss()   # of all steps
+        if 'train_loss' in logs and self._continued: logs['train_loss'] = self._mean_loss(logs['train_loss'])
         super().log(logs, start_time)
         found = {n: round(x, 4) for n, x in logs.items() if isinstance(x, float)}
         logging.getLogger('corrnb').info('step %d of %d: %s', self.state.global_step, self.state.max_steps, found)
@@ -172,9 +172,10 @@ def _share_fitted(self: RegressionAugmentedTrainer):
     self.fitted_at, self.fitted = (np.take_along_axis(x, newest, 0)[0] for x in (at, fitted))
 
 @patch
-def _mean_loss(self: RegressionAugmentedTrainer) -> float:
-    "Mean loss of all logged steps, those before an interruption included"
+def _mean_loss(self: RegressionAugmentedTrainer, otherwise: float) -> float:
+    "Mean loss of all logged steps, those before an interruption included; `otherwise` where none was logged"
     lines = [line for line in self.state.log_history if 'loss' in line]
+    if not lines: return otherwise
     return np.average([x['loss'] for x in lines], weights=np.diff([0, *(x['step'] for x in lines)])).item()
 
 @patch
