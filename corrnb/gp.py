@@ -231,9 +231,10 @@ class PairGP:
     def _learn(self) -> dict:
         "Scales with the greatest posterior, from the first rows of the fit"
         order = np.argsort([hash_uniform('scales', i) for i in range(len(self.ab))])[:self.fit_rows]
-        ab, x, u = self.ab[order], self.x[order], self.u[order]
+        used, ab = torch.unique(self.ab[order], return_inverse=True)   # contracts of these rows, not of all
+        x, u, features = self.x[order], self.u[order], [f[used.numpy()] for f in self.features]
         z, error = torch.tensor(self.z[order]), torch.tensor(self.error[order])
-        distances = [self.views.between(i, f, f).astype(float) for i, f in enumerate(self.features)]
+        distances = [self.views.between(i, f, f).astype(float) for i, f in enumerate(features)]
         d, priors = torch.tensor(np.array(distances)*self.unit), _priors(len(distances))
         mean, sd = [torch.tensor(np.concatenate([p[i] for p in priors.values()])) for i in (0, 1)]
         sizes = [len(p[0]) for p in priors.values()]

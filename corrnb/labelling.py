@@ -29,6 +29,7 @@ from corrnb.labels import (
     NAMES,
     LabelRules,
     filter_table,
+    find_mirrors,
     label_blocks,
     label_reliability,
     measure_pairs,
@@ -148,15 +149,27 @@ def _titled(found: pd.DataFrame, contracts: str|None) -> tuple[pd.DataFrame, pd.
     if len(without): print(f'left out, since they have no title: {named(without)}')
     return found[found['contract_id'].isin(info['contract_id'])], info
 
-def _first_sides(found: pd.DataFrame, info: pd.DataFrame) -> pd.DataFrame:
-    "Prices without those of the second side of contracts whose two sides both have prices"
-    if 'complement_id' not in info: return found
+def _with_mirrors(info: pd.DataFrame, series: PriceSeries, transform: str) -> pd.DataFrame:
+    "Contracts with the other sides that only prices tell"
+    mirrors = series.ids.to_numpy(object)[find_mirrors(series, transform)]
+    found = info['contract_id'].map(dict(mirrors[:, ::-1]))
+    known = info.get('complement_id', pd.Series(None, info.index, object)).astype(object)
+    return info.assign(complement_id=known.where(known.notna(), found)) if len(mirrors) else info
+
+def _without(series: PriceSeries, out: np.ndarray) -> PriceSeries:
+    "Series without some contracts: (n_contracts,) true or false"
+    kept = series.kept(~out[np.repeat(np.arange(len(out)), np.diff(series.start))])
+    return PriceSeries(series.ids[~out], np.append(0, np.cumsum(np.diff(kept.start)[~out])), kept.times, kept.values)
+
+def _first_sides(series: PriceSeries, info: pd.DataFrame) -> PriceSeries:
+    "Series without the second side of contracts whose two sides both have prices"
+    if 'complement_id' not in info: return series
     order = {name: i for i, name in enumerate(info['contract_id'])}
-    priced, other = {*found['contract_id'].cat.categories}, dict(zip(info['contract_id'], info['complement_id']))
+    priced, other = {*series.ids}, dict(zip(info['contract_id'], info['complement_id']))
     second = [c for c in priced if other.get(c) in priced and order[other[c]] < order[c]]
-    if not second: return found
+    if not second: return series
     print(f'left out, the other side of a contract (correlation -1 by construction): {named(sorted(second))}')
-    return found[~found['contract_id'].isin(second)]
+    return _without(series, series.ids.isin(second))
 
 def _with_enough(series: PriceSeries, rules: LabelRules) -> PriceSeries:
     "Series without contracts that have too few prices or moves for any label"
@@ -165,9 +178,7 @@ def _with_enough(series: PriceSeries, rules: LabelRules) -> PriceSeries:
     few = np.bincount(codes[moved], minlength=len(series.ids)) < rules.min_moves
     if rules.estimator == 'common': few |= np.diff(series.start) <= rules.min_changes
     if few.any(): print(f'left out, since they have too few prices or moves for any label: {named(series.ids[few])}')
-    kept = series.kept(~few[codes])
-    start = np.append(0, np.cumsum(np.diff(kept.start)[~few]))
-    return PriceSeries(series.ids[~few], start, kept.times, kept.values)
+    return _without(series, few)
 
 def read_market(
     prices: str|None,        # as of `read_prices`; None: the table `contract_prices`
@@ -182,10 +193,10 @@ def read_market(
     got = recognize_prices(prices or 'database', Hints(**hints))
     print(*got.lines, sep='\n')
     found, info = _titled(got.prices, contracts or (None if prices else 'database'))
-    if all_pairs: found = _first_sides(found, info)
     found = found.assign(contract_id=found['contract_id'].cat.remove_unused_categories())
     series = price_series(found, transform, bounds, resample)
-    return Market(_with_enough(series, rules) if all_pairs else series, info)
+    info = _with_mirrors(info, series, transform)
+    return Market(_with_enough(_first_sides(series, info), rules) if all_pairs else series, info)
 
 # %% ../nbs/08_labelling.ipynb #b978b1da
 @dataclass
