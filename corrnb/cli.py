@@ -89,13 +89,14 @@ def _run(
 @app.command('sweep', cls=_Settable)
 def _sweep(
     profile: Profile = 'quick', p: Parameter = [], pairs: Pairs = None, target: Target = None,
-    contracts: Contracts = None, name: Name = None, fresh: Fresh = False, runs_dir: Runs = 'runs',
+    prices: Prices = None, contracts: Contracts = None, name: Name = None, fresh: Fresh = False,
+    runs_dir: Runs = 'runs',
     workers: Annotated[int, typer.Option(metavar='N', help='runs at a time; more than one with Ray')] = 1,
     verbose: Verbose = False, notebooks: Notebooks = None
 ):
     "train and evaluate every combination, as of -p seed 1,2,3"
     from corrnb.sweeps import run_sweep
-    given = _given(p, pairs=pairs, contracts=contracts, target=target)
+    given = _given(p, pairs=pairs, prices=prices, contracts=contracts, target=target)
     run_sweep(profile, given, name, runs_dir, fresh, verbose, workers, notebooks)
 
 @app.command('evaluate', cls=_Settable)
