@@ -316,6 +316,12 @@ def _read_side(value):
     name = (_read_name(value) or '').lower().replace('-', '')
     return _OTHER_NAMES.get(name, name) or None
 
+def _other_names(split: pd.Series) -> list[str]:
+    "What is said about sides under another name"
+    sides = {name: _read_side(name) for name in sorted({*map(str, split.dropna())} - {*SIDES})}
+    known = ', '.join(f'{name} is {side}' for name, side in sides.items() if side in SIDES)
+    return [f'split: {known}'] if known else []
+
 _SPLIT = Kind(_read_side, Literal[SIDES], TEXT_DTYPE)
 
 def _pair_kinds(target: str|None) -> dict[str, Kind]:
@@ -342,8 +348,7 @@ def check_pairs(
         pairs = pairs[~off]
     if 'split' in pairs and pairs.split.isna().all(): pairs = pairs.drop(columns='split')
     pairs, done = _plain_columns(pairs, column_kinds(ContractCorrelation) | kinds)
-    if 'split' in pairs and (other := sorted(set(pairs.split.dropna().map(str)) - set(SIDES))):
-        done.append(f'split: {", ".join(f"{name} is {_read_side(name)}" for name in other)}')
+    if 'split' in pairs: done += _other_names(pairs.split)
     if done: print('read as they are meant:', '; '.join(done))
     needed += [c for c in ('id', 'split') if c in pairs]
     checked = check_rows(pairs, kinds, needed, [c for c in ['id'] if c in pairs])

@@ -344,8 +344,18 @@ def filter_table(
 MIRROR_MOVES = 5   # common times at which mirror images have moved, at least
 
 @compiled
+def _sum_to(va, vb, total):
+    "Do the values sum to `total` one by one, and move?"
+    moves = 0
+    for k in range(len(va)):
+        if abs(va[k] + vb[k] - total) > ROUNDING: return False
+        moves += k > 0 and va[k] != va[k-1]
+    return moves >= MIRROR_MOVES
+
+@compiled
 def _are_mirrors(ta, va, tb, vb, total):
-    "Do the values sum to `total` at all common times, and move?"
+    "Do the values sum to `total` at all common times, or, as they follow each other, whatever the times, and move?"
+    if len(va) == len(vb) and _sum_to(va, vb, total): return True
     if len(ta) == 0 or len(tb) == 0: return False
     i, j, moves, before = np.searchsorted(ta, tb[0]), np.searchsorted(tb, ta[0]), 0, np.nan
     while i < len(ta) and j < len(tb):

@@ -396,8 +396,9 @@ def _in_unit(prices: pd.DataFrame, unit: str|None) -> tuple[pd.DataFrame, list[s
     highest = prices.groupby('contract_id', observed=True)['price'].max()
     above = highest[highest > 1]
     if unit is None:
-        other = above.empty or len(above) == len(highest) or above.max() > 100 or (prices['price'] < 0).any()
-        if other: return prices, []
+        if above.empty or above.max() > 100 or (prices['price'] < 0).any(): return prices, []
+        said = [f'prices up to {above.max():g}, as written (--unit cents: divided by 100)']
+        if len(above) == len(highest): return prices, said
         raise ValueError(f'prices of {counted(len(highest) - len(above), "contract")} are up to 1 and those of '
                          f'{named(above.index)} up to 100: say with --unit what these are (cents, percent, or price: '
                          'as written)')
