@@ -40,7 +40,7 @@ def holdouts(
 ) -> Holdouts:
     "Each row without itself, without either contract (all of its event), and without both"
     groups, share = contract_groups(rows), novelty.value_counts(normalize=True)
-    touching = {g: np.flatnonzero((groups == g).any(1)) for g in np.unique(groups)}
+    touching = pd.Series(np.arange(len(rows)).repeat(2)).groupby(groups.ravel()).agg(np.unique)
     asked = range(len(rows)) if among is None else among.tolist()
     found = [(i, np.array([i]), 'seen') for i in asked]
     found += [(i, touching[g], 'one_new') for i in asked for g in groups[i] if groups[i][0] != groups[i][1]]
