@@ -1,5 +1,6 @@
 """Tests in a browser: `browser.py site` clicks through the documentation in _docs, `browser.py lab [NOTEBOOK ...]`
-works in JupyterLab. `--pictures FOLDER` keeps what was seen. Drives the system's Chromium with Playwright."""
+works in JupyterLab, `browser.py titles` looks there at titles full of markup. `--pictures FOLDER` keeps what was seen.
+Drives the system's Chromium with Playwright."""
 import argparse
 import functools
 import http.server
@@ -122,7 +123,7 @@ def jupyter_lab(folder, home):
     port = free_port()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = os.environ | {'HF_HUB_OFFLINE': '1', 'PYTHONPATH': str(root), 'PATH': path}
-    env |= {f'JUPYTER_{name}_DIR': str(home/name) for name in ('CONFIG', 'RUNTIME')}
+    env |= {f'JUPYTER_{name}_DIR': str(home/name) for name in ('CONFIG', 'DATA', 'RUNTIME')}
     env |= {f'JUPYTERLAB_{name}_DIR': str(home/name) for name in ('SETTINGS', 'WORKSPACES')}
     command = [sys.executable, '-m', 'jupyter', 'lab', str(folder), '--no-browser', '--allow-root', f'--port={port}',
                '--ServerApp.port_retries=0', '--IdentityProvider.token=test']
@@ -249,15 +250,77 @@ def test_lab(pictures=None, notebooks=()):
     assert not problems, '\n'.join(problems)
 
 
+# what a page of JupyterLab has made of markup: formulas, and elements that only a title asks for
+RENDERED = """() => {
+    const inside = what => [...document.querySelectorAll(`.jp-OutputArea :is(${what})`)];
+    const formulas = inside("mjx-container, .MathJax, .MathJax_Preview").length;
+    const asked = inside("script, marquee, img[src=x], a[href*=example], strong, code, .ansi-red-fg");
+    const made = asked.filter(e => e.tagName != "A" || e.innerText == "link");   // an address is a link by itself
+    const elements = made.map(e => e.outerHTML.slice(0, 80));
+    return {formulas, elements,
+            text: inside("pre, td, li").map(e => e.textContent).join(" ")} }"""
+# the same titles without protection, which shows that the check can fail
+UNSAFE = [dict(output_type='display_data', metadata={}, data={kind: ['costs $1 or $2 **bold** <marquee>up</marquee>']})
+          for kind in ('text/html', 'text/markdown')]
+
+def all_at_once(home):
+    "Have JupyterLab show all cells of a notebook, also those out of sight"
+    settings = home/'SETTINGS'/'@jupyterlab'/'notebook-extension'/'tracker.jupyterlab-settings'
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps(dict(windowingMode='none')))
+
+def shown(browser, lab, notebook):
+    "What JupyterLab shows of a notebook that has been executed and is trusted"
+    errors = []
+    page, (url, token) = new_page(browser, dict(width=1400, height=1000), errors), lab
+    page.on('dialog', lambda dialog: (errors.append(f'a title ran a script: {dialog.message}'), dialog.dismiss()))
+    page.goto(f'{url}/lab/workspaces/{notebook.stem}/tree/{notebook.name}?{token}', timeout=120_000)
+    page.locator('.jp-Notebook-cell .jp-OutputArea-output').first.wait_for(timeout=120_000)
+    page.wait_for_timeout(3000)   # formulas come last
+    found = page.evaluate(RENDERED)
+    page.context.close()
+    return found, errors
+
+def test_titles(pictures=None):
+    "Titles full of markup are text in JupyterLab, in the notebooks of all stages of a run; unprotected they are not"
+    from project import MARKUP, bin, call, markup_rows
+
+    from corrnb.data import clean_text
+    with tempfile.TemporaryDirectory() as tmp, chromium() as browser:
+        home, run = Path(tmp)/'home', Path(tmp)/'runs'/'titles'
+        all_at_once(home)
+        markup_rows(Path(tmp)/'rows.csv')
+        given = '--pairs', Path(tmp)/'rows.csv', '-p', 'comparisons', '', '--name', run.name, '--runs-dir', run.parent
+        call(bin/'corrnb', 'run', '--profile', 'tiny', *given)
+        unsafe = json.loads((run/'prepare.ipynb').read_text())
+        next(c for c in unsafe['cells'] if c['cell_type'] == 'code')['outputs'] += UNSAFE
+        (run/'unsafe.ipynb').write_text(json.dumps(unsafe))
+        env = {f'JUPYTER_{name}_DIR': str(home/name) for name in ('CONFIG', 'DATA')}
+        call(sys.executable, '-m', 'jupyter', 'trust', *run.glob('*.ipynb'), more_env=env)
+        with jupyter_lab(run, home) as lab:
+            seen = {p.stem: shown(browser, lab, p) for p in sorted(run.glob('*.ipynb'))}
+    bad, problems = seen.pop('unsafe')[0], []
+    assert bad['formulas'] and bad['elements'], f'JupyterLab renders nothing at all: {bad}'
+    for name, (found, errors) in seen.items():
+        problems += errors + [f'{name}.ipynb: {what}' for what in found['elements']]
+        if found['formulas']: problems.append(f"{name}.ipynb: {found['formulas']} formulas")
+    texts = ' '.join(found['text'] for found, _ in seen.values())
+    shown_as_text = [text for text in map(clean_text, MARKUP) if text in texts]
+    if len(shown_as_text) < 4: problems.append(f'few titles are shown: {shown_as_text}')
+    assert not problems, '\n'.join(problems)
+    print(f"in {', '.join(seen)}, these are text:", *shown_as_text, sep='\n    ')
+
+
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
     sub = parser.add_subparsers(dest='test', required=True)
     site, lab = sub.add_parser('site', help='click through _docs'), sub.add_parser('lab', help='work in JupyterLab')
     lab.add_argument('notebooks', nargs='*', metavar='NOTEBOOK',
                      help=f"to run, relative to nbs, or 'all' of pipeline and library (default: {' '.join(SHORT)})")
-    for p in (site, lab): p.add_argument('--pictures', metavar='FOLDER', help='keep pictures of what was seen')
+    titles = sub.add_parser('titles', help='look at titles full of markup in JupyterLab')
+    for p in (site, lab, titles): p.add_argument('--pictures', metavar='FOLDER', help='keep pictures of what was seen')
     args = vars(parser.parse_args())
     if args['pictures']: Path(args['pictures']).mkdir(parents=True, exist_ok=True)
-    try: dict(site=test_site, lab=test_lab)[args.pop('test')](**args)
+    try: dict(site=test_site, lab=test_lab, titles=test_titles)[args.pop('test')](**args)
     except AssertionError as e: sys.exit(f'FAILED {e}')
     print('ok')

@@ -46,6 +46,22 @@ def execute(notebook, folder, **parameters):
         if skipped := re.search(r'SkipTest: (.*)', str(e)): raise SkipTest(skipped[1])
         raise
 
+MARKUP = ('<script>alert(1)</script>', 'costs $1 or $2', '**bold** [link](http://example.org)',
+          '<marquee>&lt;up&gt;', '$x_1$ and $$y$$', '\\(z\\) `code` <img src=x onerror=alert(2)>', '\x1b[31mred\x1b[0m')
+
+def markup_rows(path):
+    "Pairs of the demo in a CSV file, with markup of all kinds in their titles"
+    from corrnb.demo import simulate_market, write_demo
+    from corrnb.schema import make_engine, read_pairs_table
+    engine = make_engine(f'sqlite:///{path.with_suffix(".sqlite")}')
+    write_demo(engine, simulate_market())
+    pairs = read_pairs_table(engine, 'price_correlation')
+    for side in 'ab':
+        ids = sorted(pairs[f'contract_{side}_id'].unique())
+        more = {c: MARKUP[i % len(MARKUP)] for i, c in enumerate(ids)}
+        pairs[f'contract_{side}_title'] = pairs[f'contract_{side}_id'].map(more) + ' ' + pairs[f'contract_{side}_title']
+    pairs.to_csv(path, index=False)
+
 def project_copy(folder):
     "Copy what is made from notebooks and what it is made of, so that a check changes nothing here"
     ignore = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', 'runs')

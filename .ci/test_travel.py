@@ -6,10 +6,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from project import bin, call, root
+from project import bin, call, markup_rows, root
 
 pytestmark = pytest.mark.xdist_group('travel')
-MARKUP = ['<script>alert(1)</script>', 'costs $1 or $2', '**bold** [link](http://example.org)', '<marquee>&lt;up&gt;']
 
 
 class Rendered(HTMLParser):
@@ -39,22 +38,14 @@ def holding(folder, *texts):
 @pytest.fixture(scope='module')
 def travelled(tmp_path_factory):
     "A run of pairs with markup in their titles on a base model in a folder, moved and renamed with it: here, there"
-    from corrnb.demo import simulate_market, write_demo
     from corrnb.models import load_tokenizer, tiny_model
-    from corrnb.schema import make_engine, read_pairs_table
     here, there = tmp_path_factory.mktemp('here'), tmp_path_factory.mktemp('there')
     work = here/'work'
     tokenizer = load_tokenizer('tiny')
     for save in (tokenizer, tiny_model(len(tokenizer))): save.save_pretrained(work/'base')
-    engine = make_engine(f'sqlite:///{here/"market.sqlite"}')
-    write_demo(engine, simulate_market())
-    pairs = read_pairs_table(engine, 'price_correlation')
-    for side in 'ab':
-        ids = sorted(pairs[f'contract_{side}_id'].unique())
-        more = {c: MARKUP[i % len(MARKUP)] for i, c in enumerate(ids)}
-        pairs[f'contract_{side}_title'] += ' ' + pairs[f'contract_{side}_id'].map(more)
-    pairs.to_csv(work/'rows.csv', index=False)
-    given = '-p', 'model_name', work/'base', '-p', 'comparisons', '', '--pairs', work/'rows.csv', '--name', 'first'
+    markup_rows(work/'rows.csv')
+    given = '-p', 'model_name', work/'base', '-p', 'comparisons', '', '-p', 'report_to', 'tensorboard,mlflow'
+    given = *given, '--pairs', work/'rows.csv', '--name', 'first'
     call(bin/'corrnb', 'run', '--profile', 'tiny', *given, '--runs-dir', work/'runs', cwd=here)
     shutil.move(work, there/'moved')
     (there/'moved'/'runs'/'first').rename(there/'moved'/'runs'/'renamed')
@@ -83,7 +74,7 @@ def test_titles_are_text(travelled):
     report = (run/'report.html').read_text('utf-8')
     found = rendered(report)
     assert '$1 or $2' in report and 'alert(1)' in report and 'marquee' not in found.elements
-    assert '<script>alert' not in report
+    assert '<script>alert' not in report and '<img src=x' not in report
     for notebook in sorted(run.glob('*.ipynb')):
         for cell in nbformat.read(notebook, 4).cells:
             for data in (o.get('data', {}) for o in cell.get('outputs', [])):
