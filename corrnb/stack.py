@@ -59,8 +59,9 @@ def neighbours_forecast(
     values, distances,  # (n, k) as from `PairRetriever.known`
     settings: tuple     # bandwidth and temperature, see `neighbour_distribution`
 ) -> AnswerDistribution:  # of n rows
-    "Kernel-smoothed distribution of the similar pairs' correlations"
-    p = neighbour_distribution(values, distances, GRID.double().numpy(), *settings)
+    "Kernel-smoothed distribution of the similar pairs' correlations; for a row without any, all answers are alike"
+    some, p = np.isfinite(distances).any(1), np.full((len(distances), len(GRID)), 1/len(GRID))
+    if some.any(): p[some] = neighbour_distribution(values[some], distances[some], GRID.double().numpy(), *settings)
     return AnswerDistribution(GRID, torch.from_numpy(p).clamp_min(1e-12).log().float())
 
 def fit_neighbours(
