@@ -89,7 +89,7 @@ def _run(
 @app.command('sweep', cls=_Settable)
 def _sweep(
     profile: Profile = 'quick', p: Parameter = [], pairs: Pairs = None, target: Target = None,
-    prices: Prices = None, contracts: Contracts = None, name: Name = None, fresh: Fresh = False,
+    prices: Prices = None, contracts: Contracts = None, name: Name = None, fresh: Fresh = False, keep: Keep = False,
     runs_dir: Runs = 'runs',
     workers: Annotated[int, typer.Option(metavar='N', help='runs at a time; more than one with Ray')] = 1,
     verbose: Verbose = False, notebooks: Notebooks = None
@@ -97,7 +97,7 @@ def _sweep(
     "train and evaluate every combination, as of -p seed 1,2,3"
     from corrnb.sweeps import run_sweep
     given = _given(p, pairs=pairs, prices=prices, contracts=contracts, target=target)
-    run_sweep(profile, given, name, runs_dir, fresh, verbose, workers, notebooks)
+    run_sweep(profile, given, name, runs_dir, fresh, verbose, workers, notebooks, keep)
 
 @app.command('evaluate', cls=_Settable)
 def _evaluate(
@@ -213,10 +213,19 @@ def _as_typed(word: str) -> str:
     try: return os.fsencode(word).decode('utf-8')
     except UnicodeError: raise SystemExit(f'corrnb: {word!a} is no text in UTF-8') from None
 
+def _open_streams():
+    "Where stdout or stderr was closed by who started this, nobody reads: neither this process nor a kernel may fail"
+    for fd, name in enumerate(('stdout', 'stderr'), 1):
+        if getattr(sys, name) is not None: continue
+        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+        os.set_inheritable(fd, True)
+        setattr(sys, name, open(fd, 'w', closefd=False))
+
 def main(
     argv: list[str]|None = None   # arguments; None: the command line's
 ) -> int:                         # exit code: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C
     "The command `corrnb`"
+    _open_streams()
     argv = join_pairs([_as_typed(a) for a in sys.argv[1:]] if argv is None else argv)
     for stream in sys.stdout, sys.stderr:   # no answer is lost because a console lacks a letter
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')

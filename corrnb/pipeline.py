@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Inputs', 'file_digests', 'read_inputs', 'read_marker', 'stage_parts', 'stage_key', 'run_folder', 'write_params',
-           'read_params', 'is_current', 'is_kept', 'forget', 'say', 'run_stage', 'import_seconds', 'print_summary',
-           'checked_name', 'run_pipeline', 'find_run', 'evaluate_run', 'Run']
+           'read_params', 'is_current', 'is_kept', 'is_same', 'forget', 'say', 'run_stage', 'import_seconds',
+           'print_summary', 'checked_name', 'trained_again', 'run_pipeline', 'find_run', 'evaluate_run', 'Run']
 
 # %% ../nbs/32_pipeline.ipynb #1fcdd6b4
 import html
@@ -187,7 +187,12 @@ def is_kept(
     done, now = read_marker(folder, stage.name), stage_parts(stage, inputs, folder)
     return done is not None and all(done.get('parts', {}).get(x) == now[x] for x in ('own', 'before'))
 
-def _is_same(stage: Stage, inputs: Inputs, folder: Path, keep: bool) -> bool:
+def is_same(
+    stage: Stage,
+    inputs: Inputs,
+    folder: Path,  # run folder
+    keep: bool     # is a stage that ran other code good enough?
+) -> bool:
     "Would the stage do again what it has done?"
     return is_current(stage, inputs, folder) or keep and is_kept(stage, inputs, folder)
 
@@ -204,7 +209,7 @@ def _forget_outdated(
 ):
     "Forget the first of these stages that was made from something else, and all after it"
     for stage in later:
-        if not _is_same(stage, inputs, folder, keep): return forget(folder, STAGES[STAGES.index(stage.name):])
+        if not is_same(stage, inputs, folder, keep): return forget(folder, STAGES[STAGES.index(stage.name):])
 
 # %% ../nbs/32_pipeline.ipynb #07145e1a
 def say(*words, **options):
@@ -240,7 +245,7 @@ def run_stage(
     i = STAGES.index(stage.name)
     label = f'[{i+1}/{len(STAGES)}] {stage.name:8}'
     database = 'pairs' in stage.parameters and inputs.config.pairs == 'database'
-    same, done = _is_same(stage, inputs, folder, keep), read_marker(folder, stage.name) or {}
+    same, done = is_same(stage, inputs, folder, keep), read_marker(folder, stage.name) or {}
     if same and not (force or database): return say(f'{label}    unchanged, skipped')
     if not same: forget(folder, STAGES[i:])    # else what is there is good until something better takes its place
     say(label, '...', end='\n' if verbose or sys.stdout.isatty() else ' ')
@@ -299,14 +304,23 @@ def _what_changed(stage: Stage, inputs: Inputs, folder: Path) -> str:
     if changed: return ', '.join(f'content of {n}' if n in inputs.digests else f'{n}, was {old[n]}' for n in changed)
     return 'its code' if before.get('before') == now['before'] else 'what comes before it'
 
-def _announce(stages: list[Stage], inputs: Inputs, folder: Path, keep: bool):
-    "Say it where a finished training is about to be done again, and why"
-    first = next((s for s in stages[:3] if not _is_same(s, inputs, folder, keep)), None)
-    trained = read_marker(folder, 'train')
-    if not trained or not first: return
+def trained_again(
+    stages: list[Stage],   # of the pipeline
+    inputs: Inputs,
+    folder: Path,          # run folder
+    keep: bool             # as of `run_stage`
+) -> str|None:             # what has changed, and for which stage; None if there is no training or it stays
+    "Why a finished training is about to be done again"
+    first = next((s for s in stages[:3] if not is_same(s, inputs, folder, keep)), None)
+    if not first or not read_marker(folder, 'train'): return None
     hint = '; with --keep it stays' if is_kept(first, inputs, folder) else ''
-    say(f"The training here, which took {trained['seconds']:.0f} s, is done again. Changed for {first.name}: "
-        f'{_what_changed(first, inputs, folder)}{hint}')
+    return f'Changed for {first.name}: {_what_changed(first, inputs, folder)}{hint}'
+
+def _announce(stages: list[Stage], inputs: Inputs, folder: Path, keep: bool):
+    "Say it where a finished training is about to be done again, what it took, and why"
+    if not (why := trained_again(stages, inputs, folder, keep)): return
+    seconds = (read_marker(folder, 'train') or {})['seconds']
+    say(f'The training here, which took {seconds:.0f} s, is done again. {why}')
 
 def run_pipeline(
     profile: str = 'quick',           # name of a profile, or the path of a .yaml file

@@ -67,10 +67,9 @@ def neighbours_forecast(
 def fit_neighbours(
     values, distances, y, weight  # as of `neighbours_forecast`, and labels and weights of the rows, (n,)
 ) -> tuple[float, float]:  # bandwidth and temperature
-    "Settings with the lowest CRPS over all rows that have similar pairs, from a grid"
-    some = np.isfinite(distances).any(1)
-    y, weight = torch.tensor(y)[some], torch.tensor(weight)[some]
-    def crps(settings): return (neighbours_forecast(values[some], distances[some], settings).crps(y)*weight).sum()
+    "Settings with the lowest CRPS over all rows, from a grid"
+    y, weight = torch.tensor(y), torch.tensor(weight)
+    def crps(settings): return (neighbours_forecast(values, distances, settings).crps(y)*weight).sum()
     return min(product((0.05, 0.1, 0.2, 0.4), (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 1e6)), key=crps)
 
 @dataclass

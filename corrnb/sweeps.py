@@ -32,6 +32,7 @@ from corrnb.notebooks import (
     REPORTS,
     STAGES,
     Kernel,
+    Screen,
     Stage,
     execute_stage,
     load_stages,
@@ -45,11 +46,13 @@ from corrnb.pipeline import (
     Inputs,
     checked_name,
     forget,
-    is_current,
+    is_same,
     read_inputs,
     read_marker,
     run_folder,
     run_stage,
+    say,
+    trained_again,
     write_params,
 )
 
@@ -107,6 +110,7 @@ class Sweep:
     folder: Path
     stages: list[Stage]
     verbose: bool = False   # show what the notebooks print?
+    keep: bool = False      # is a stage that ran other code good enough?
 
     def base(self, inputs: Inputs) -> Path:
         "Folder whose rows and index a run takes"
@@ -147,24 +151,24 @@ def run_combination(
         with run_folder(sweep.folder/'runs'/run.name) as own, quiet:
             write_params(own, run.inputs)
             take_base(sweep.base(run.inputs), own)
-            for stage in sweep.stages[2:]: run_stage(stage, run.inputs, own, False, sweep.verbose, kernel)
+            for stage in sweep.stages[2:]: run_stage(stage, run.inputs, own, False, sweep.verbose, kernel, sweep.keep)
     except PipelineError as e: return str(e)
     return None
 
 def is_done(run: Combination, sweep: Sweep) -> bool:
     "Is there nothing left to do for this combination?"
     own = sweep.folder/'runs'/run.name
-    if not all(is_current(stage, run.inputs, own) for stage in sweep.stages): return False
+    if not all(is_same(stage, run.inputs, own, sweep.keep) for stage in sweep.stages): return False
     return read_marker(own, 'index')['data'] == read_marker(sweep.base(run.inputs), 'index')['data']
 
 def _prepare_bases(runs: list[Combination], sweep: Sweep, kernel: Kernel):
     "Rows and index for all combinations, once for those that share them"
     bases = {sweep.base(run.inputs): run.inputs for run in runs}
     for i, (folder, inputs) in enumerate(bases.items()):
-        print('Rows and index' + (f', {i+1} of {len(bases)}' if len(bases) > 1 else ' for all runs'), flush=True)
+        say('Rows and index' + (f', {i+1} of {len(bases)}' if len(bases) > 1 else ' for all runs'))
         with run_folder(folder) as own:
             write_params(own, inputs)
-            for stage in sweep.stages[:2]: run_stage(stage, inputs, own, False, sweep.verbose, kernel)
+            for stage in sweep.stages[:2]: run_stage(stage, inputs, own, False, sweep.verbose, kernel, sweep.keep)
 
 # %% ../nbs/33_sweeps.ipynb #7eeca8f1
 def _run_all(runs: list[Combination], todo: list[Combination], sweep: Sweep, workers: int, kernel: Kernel) -> dict:
@@ -172,7 +176,7 @@ def _run_all(runs: list[Combination], todo: list[Combination], sweep: Sweep, wor
     if workers > 1: engine = _with_ray(todo, sweep, workers)
     else: engine = ((run, run_combination(run, sweep, kernel)) for run in todo)
     failed, before, live = {}, len(runs) - len(todo), sys.stderr.isatty()
-    console = Console(stderr=True, force_jupyter=False, force_terminal=live)
+    console = Console(file=Screen(sys.stderr), force_jupyter=False, force_terminal=live)
     columns = TextColumn('sweep'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True)
     if before: console.print(f'{before}/{len(runs)} done before', highlight=False)
     with Progress(*columns, console=console, disable=not live, speed_estimate_period=1e9) as bar:
@@ -214,6 +218,12 @@ def _with_ray(todo: list[Combination], sweep: Sweep, workers: int) -> Iterator[t
 # %% ../nbs/33_sweeps.ipynb #d4a85c0b
 SWEEP = 'sweep.json'
 
+def _announce(runs: list[Combination], sweep: Sweep):
+    "Say it where finished trainings are about to be done again, how many, and why the first of them"
+    folders = {run.name: sweep.folder/'runs'/run.name for run in runs}
+    found = [trained_again(sweep.stages, run.inputs, folders[run.name], sweep.keep) for run in runs]
+    if again := [why for why in found if why]: say(f'{len(again)} of {len(runs)} trainings are done again. {again[0]}')
+
 def run_sweep(
     profile: str = 'quick',           # name of a profile, or the path of a .yaml file
     overrides: dict|None = None,      # parameters that win over the profile's; '0,1,5' are several values
@@ -222,7 +232,8 @@ def run_sweep(
     fresh: bool = False,              # run everything, from an empty folder?
     verbose: bool = False,            # show what the notebooks print?
     workers: int = 1,                 # runs at a time; more than one with Ray
-    notebooks: str|Path|None = None   # folder of the stage notebooks; None: those of the library
+    notebooks: str|Path|None = None,  # folder of the stage notebooks; None: those of the library
+    keep: bool = False                # go on with finished stages though their code has changed?
 ) -> Path:                            # sweep folder; ParameterError: nothing has run; PipelineError: a run failed
     "Train and evaluate every combination of the values, then compare"
     if workers < 1: raise ParameterError(f'--workers must be positive, not {workers}')
@@ -236,11 +247,12 @@ def run_sweep(
     path = Path(runs_dir).resolve()/name
     warn_of_weak_secrets()
     with run_folder(path, fresh, SWEEP) as folder, Kernel(Settings().ONE_KERNEL) as kernel:
-        sweep, profile = Sweep(folder, stages, verbose), runs[0].inputs.profile
+        sweep, profile = Sweep(folder, stages, verbose, keep), runs[0].inputs.profile
         shown = {n: [relative_paths({n: v}, folder)[n] for v in values] for n, values in swept.items()}
         record = dict(profile=profile, swept=shown, training=training, runs=[run.name for run in runs])
         atomic_write(folder/SWEEP, json.dumps(record, indent=1) + '\n')
-        print(f'Sweep folder: {folder}', flush=True)
+        say(f'Sweep folder: {folder}')
+        _announce(runs, sweep)
         _prepare_bases(runs, sweep, kernel)
         if workers > 1: kernel.stop()   # the workers have their own
         failed = _run_all(runs, [run for run in runs if not is_done(run, sweep)], sweep, workers, kernel)
@@ -393,6 +405,6 @@ def compare_sweep(
     if not any(read_marker(folder/'runs'/name, 'evaluate') for name in runs):
         raise PipelineError(f'No run of {folder} has finished')
     execute_stage(read_stage(stage_folder(notebooks)/'compare.ipynb'), RunConfig(), folder, verbose, kernel)
-    if (table := folder/'comparison.txt').exists(): print('', table.read_text().rstrip(), sep='\n')
-    print(f"\nComparison: {folder/REPORTS['compare']}", flush=True)
+    if (table := folder/'comparison.txt').exists(): say('', table.read_text().rstrip(), sep='\n')
+    say(f"\nComparison: {folder/REPORTS['compare']}")
     return folder/REPORTS['compare']
