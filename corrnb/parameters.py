@@ -228,9 +228,11 @@ def _absolute(name: str, value: str) -> str:
     raise ParameterError(f'{name}: no file {path}')
 
 def _absolute_folder(name: str) -> str:
-    "A model's name; an absolute path where that is a folder here"
+    "A model's name; an absolute path where that is a folder here; ParameterError where it can be nothing else"
     path = Path(name).expanduser()
-    return str(path.resolve()) if path.is_dir() else name
+    if path.is_dir(): return str(path.resolve())
+    if name.startswith(('.', '/', '~')): raise ParameterError(f'model_name: no folder {path.absolute()}')
+    return name
 
 def check_parameters(
     values: dict      # of parameters, by name
@@ -238,11 +240,10 @@ def check_parameters(
     "Values of parameters as a configuration"
     problems = [p for name in values if (p := _problem(str(name)))]
     values = {n: v for n, v in values.items() if n in PARAMETERS}
-    if 'model_name' in values: values['model_name'] = _absolute_folder(str(values['model_name']))
     if values.get('prices') and values.get('pairs', 'demo') != 'demo':
         problems.append('prices: pairs are given, too; give either pairs or prices to measure them from')
-    for name in set(FILES) & set(values):
-        try: values[name] = _absolute(name, str(values[name]))
+    for name in {*FILES, 'model_name'} & values.keys():
+        try: values[name] = (_absolute if name in FILES else _absolute_folder)(name, str(values[name]))
         except ParameterError as e: problems.append(str(e))
     try: config = RunConfig(**values)
     except ValidationError as e:
