@@ -227,7 +227,7 @@ def _absolute(name: str, value: str) -> str:
     if path.is_file() or (path.is_dir() and name != 'pairs'): return str(path)
     raise ParameterError(f'{name}: no file {path}')
 
-def _absolute_folder(name: str) -> str:
+def _model(name: str) -> str:
     "A model's name; an absolute path where that is a folder here; ParameterError where it can be nothing else"
     path = Path(name).expanduser()
     if path.is_dir(): return str(path.resolve())
@@ -243,7 +243,7 @@ def check_parameters(
     if values.get('prices') and values.get('pairs', 'demo') != 'demo':
         problems.append('prices: pairs are given, too; give either pairs or prices to measure them from')
     for name in {*FILES, 'model_name'} & values.keys():
-        try: values[name] = (_absolute if name in FILES else _absolute_folder)(name, str(values[name]))
+        try: values[name] = _absolute(name, str(values[name])) if name in FILES else _model(str(values[name]))
         except ParameterError as e: problems.append(str(e))
     try: config = RunConfig(**values)
     except ValidationError as e:
