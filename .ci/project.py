@@ -100,6 +100,15 @@ def difference(a, b):
         return abs(a - b)/max(1, abs(a), abs(b))  # limits of R2 on few rows are in the thousands
     return 0 if a == b else float('inf')
 
+NO_COMPARISONS = '-p', 'comparisons', '[]'   # two trainings fewer, where a run is only compared with another
+
+def without_comparisons(x):
+    "Metrics as of a run that trains nothing to compare with"
+    other = 'linear_head', 'cross_entropy'
+    def is_other(v): return isinstance(v, dict) and v.get('method') in other
+    if isinstance(x, list): return [without_comparisons(v) for v in x if not is_other(v)]
+    return {k: without_comparisons(v) for k, v in x.items() if k not in other} if isinstance(x, dict) else x
+
 def read_metrics(run):
     "Metrics of a run folder, without what it cost: no two runs take the same time"
     metrics = json.loads((run/'metrics.json').read_text())

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
-from project import call, difference, env, project_copy, read_metrics
+from project import NO_COMPARISONS, call, difference, env, project_copy, read_metrics
 
 pytestmark = pytest.mark.xdist_group('wheel')
 TITLES = 'Will the Fed cut rates in March?', 'Will inflation be below 3 % in March?'
@@ -40,7 +40,7 @@ def installed(tmp_path_factory):
 @pytest.fixture(scope='session')
 def run(installed):
     "A run with the tiny model"
-    installed.corrnb('run', '--profile', 'tiny', '--name', 'first')
+    installed.corrnb('run', '--profile', 'tiny', *NO_COMPARISONS, '--name', 'first')
     return installed.folder/'runs'/'first'
 
 @pytest.mark.seconds(30)
@@ -62,8 +62,8 @@ def test_run_and_predict(installed, run):
 @pytest.mark.seconds(60)
 def test_sweep(installed):
     "A sweep over two values"
-    only = '-p', 'comparisons', '[]'   # these are trained by the run
-    installed.corrnb('sweep', '--profile', 'tiny', '--name', 'sweep', '-p', 'regression_loss_weight', '0,10', *only)
+    swept = '-p', 'regression_loss_weight', '0,10'
+    installed.corrnb('sweep', '--profile', 'tiny', '--name', 'sweep', *swept, *NO_COMPARISONS)
     sweep = installed.folder/'runs'/'sweep'
     assert (sweep/'compare.html').exists() and all(read_metrics(p) for p in (sweep/'runs').iterdir())
 
@@ -79,7 +79,7 @@ def test_edited_notebooks(installed, run):
     edit = 'from pathlib import Path\nPath(run_dir, "edited.txt").write_text("by hand")'
     nb.cells.append(nbformat.v4.new_code_cell(edit))
     nbformat.write(nb, copies/'prepare.ipynb')
-    installed.corrnb('run', '--profile', 'tiny', '--notebooks', 'mine', '--name', 'edited')
+    installed.corrnb('run', '--profile', 'tiny', *NO_COMPARISONS, '--notebooks', 'mine', '--name', 'edited')
     edited = installed.folder/'runs'/'edited'
     assert (edited/'edited.txt').read_text() == 'by hand' and not (run/'edited.txt').exists()
     gap = difference(read_metrics(run), read_metrics(edited))
