@@ -86,12 +86,12 @@ def test_from_postgres(tiny, tmp_path):
 @pytest.mark.seconds(70)
 def test_two_processes(tiny, tmp_path):
     "Training under `accelerate launch` with two processes (DDP), killed and continued, gives the losses of one process"
-    run = tmp_path/'two'
+    run = shutil.copytree(tiny.run, tmp_path/'two')   # its rows and index are the same
     half = '-p', 'per_device_train_batch_size', '4'  # twice 4 rows are the profile's 8
     same = ('--profile', 'tiny', *half, '--runs-dir', tmp_path, '--name', 'two')
     launch = (bin/'accelerate', 'launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1',
               '--mixed_precision', 'no', '--dynamo_backend', 'no', '-m', 'corrnb.launch', run)
-    call(bin/'corrnb', 'index', *same)
+    assert call(bin/'corrnb', 'index', *same).count('unchanged, skipped') == 2
     process = start(*launch)
     wait_for_checkpoint(run, process)
     family = [process, *process.children(recursive=True)]  # the trainings have sessions of their own
