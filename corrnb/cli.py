@@ -117,21 +117,6 @@ def _compare(
     from corrnb.sweeps import compare_sweep, find_sweep
     compare_sweep(find_sweep(sweep, runs_dir), verbose, notebooks)
 
-@app.command('predict')
-def _predict(
-    title_a: Annotated[str, typer.Argument(metavar='TITLE_A', help='title of a contract')],
-    title_b: Annotated[str, typer.Argument(metavar='TITLE_B', help='and of another one')],
-    model: Model = None, json: _flag('--json', 'print the answer as JSON') = False,
-    explain: _flag('--explain', 'let the model write its reasons, too') = False,
-    runs_dir: Runs = 'runs', verbose: Verbose = False
-):
-    "how strongly do two contracts move together?"
-    from corrnb.pipeline import find_run
-    folder = find_run(model, runs_dir)
-    from corrnb.inference import CorrelationPredictor  # loads torch
-    prediction = CorrelationPredictor.from_run(folder).predict(title_a, title_b, explain=explain)
-    print(prediction.answer.to_json() if json else prediction)
-
 @app.command('notebooks')
 def _notebooks(
     folder: Annotated[str, typer.Argument(metavar='DIR', help='folder to make')], profile: Profile = 'quick',
@@ -185,6 +170,33 @@ def _inspect(
     from corrnb.inspection import inspect_prices  # loads pandas and matplotlib
     page = inspect_prices(prices, contracts, time_column, price_column, contract_column, unit, time_unit)
     print(*page.lines, f'Page: {page.save(out)}', sep='\n')
+
+# %% ../nbs/36_cli.ipynb #5e77ee02
+def _forecast_file(folder, pairs: str, out: str|None, members: str|None, strict: bool):
+    "Forecasts of many pairs, written where `out` says"
+    if out is None: raise ParameterError('--pairs needs --out: a .csv or .parquet file, database, or the URL of one')
+    from corrnb.blocks import predict_pairs  # loads torch
+    print(predict_pairs(folder, pairs, out, members and members.split(','), strict))
+
+@app.command('predict')
+def _predict(
+    titles: Annotated[tuple[str, str]|None, typer.Argument(metavar='TITLE_A TITLE_B', help='of two contracts')] = None,
+    model: Model = None, json: _flag('--json', 'print the answer as JSON') = False,
+    explain: _flag('--explain', 'let the model write its reasons, too') = False,
+    pairs: _option(str, 'FILE', "many pairs: a .csv or .parquet file, 'database', or the URL of one") = None,
+    out: _option(str, 'FILE', 'where their forecasts go: the same') = None,
+    members: _option(str, 'NAMES', 'ask only these members, such as gp,neighbours') = None,
+    strict: _flag('--strict', 'stop where a pair cannot be used, instead of listing it in a file') = False,
+    runs_dir: Runs = 'runs', verbose: Verbose = False
+):
+    "how strongly do two contracts move together? Or all pairs of a file"
+    from corrnb.pipeline import find_run
+    if (titles is None) == (pairs is None): raise ParameterError('predict takes two titles, or --pairs and --out')
+    folder = find_run(model, runs_dir)
+    if pairs is not None: return _forecast_file(folder, pairs, out, members, strict)
+    from corrnb.inference import CorrelationPredictor  # loads torch
+    prediction = CorrelationPredictor.from_run(folder).predict(*titles, explain=explain)
+    print(prediction.answer.to_json() if json else prediction)
 
 # %% ../nbs/36_cli.ipynb #c57c7f49
 def _version(wanted: bool):
