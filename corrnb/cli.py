@@ -198,6 +198,21 @@ def _predict(
     prediction = CorrelationPredictor.from_run(folder).predict(*titles, explain=explain)
     print(prediction.answer.to_json() if json else prediction)
 
+# %% ../nbs/36_cli.ipynb #5e77ee04
+@app.command('serve')
+def _serve(
+    model: Model = None, host: Annotated[str, typer.Option(metavar='ADDRESS', help='to listen at')] = '127.0.0.1',
+    port: Annotated[int, typer.Option(metavar='N')] = 8000,
+    timeout: Annotated[float, typer.Option(metavar='SECONDS', help='limit of a request', min=1)] = 60,
+    queue: Annotated[int, typer.Option(metavar='N', help='pairs that may wait, then: come again', min=1)] = 512,
+    runs_dir: Runs = 'runs', verbose: Verbose = False
+):
+    "answer over HTTP, with a page to try it; API_KEY in the environment is the key that is asked for"
+    from corrnb.pipeline import find_run
+    folder = find_run(model, runs_dir)
+    from corrnb.api import serve  # loads torch and FastAPI
+    serve(folder, host, port, queue, timeout)
+
 # %% ../nbs/36_cli.ipynb #c57c7f49
 def _version(wanted: bool):
     if not wanted: return
