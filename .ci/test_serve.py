@@ -76,7 +76,7 @@ def test_many_clients_then_killed(place):
         wait_for_queue(client, 200)
         process.kill()
         lost = [p for p in pending if isinstance(p.exception(), httpx.TransportError)]
-        assert lost, "killed too late"
+        assert lost, 'killed too late'
     with started(place) as (process, client): assert predict(client, 0).json()['underlying_correlation'] == alone[0]
 
 @pytest.mark.seconds(30)
