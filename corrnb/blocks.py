@@ -7,7 +7,7 @@ __all__ = ['READ', 'CHEAP', 'COLUMNS', 'is_database', 'read_blocks', 'count_pair
            'member_forecasts', 'forecast_block', 'model_version', 'row_hashes', 'FileResult', 'ContractForecast',
            'TableResult', 'Written', 'checked_blocks', 'predict_pairs']
 
-# %% ../nbs/43_blocks.ipynb #76120e0d
+# %% ../nbs/43_blocks.ipynb #c2f4ab9f
 import json
 import shutil
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from tqdm import tqdm
 
 import corrnb
+from .bounds import PRICED, pair_bounds, restrict
 from corrnb.data import (
     BOOLEAN,
     TEXT,
@@ -52,8 +53,8 @@ from corrnb.schema import (
 )
 from .stack import SIMILAR, Stack, equal_weights, neighbours_forecast
 
-# %% ../nbs/43_blocks.ipynb #6b93b0aa
-READ = ['id', 'is_active', *TITLES, *(f'contract_{s}_{f}' for s in 'ab' for f in ('id', 'event_id', *DETAILS))]
+# %% ../nbs/43_blocks.ipynb #f258c8f5
+READ = ['id', 'is_active', *TITLES, *PRICED, *(f'contract_{s}_{f}' for s in 'ab' for f in ('id', 'event_id', *DETAILS))]
 
 def is_database(place: str) -> bool: return place == 'database' or '://' in place
 
@@ -112,16 +113,16 @@ def check_block(
     lines = [(i + 1, rows.id[i], '; '.join(why)) for i, why in sorted(reasons.items())]
     return good.drop(index=again), pd.DataFrame(lines, columns=['row', 'id', 'reason'])
 
-# %% ../nbs/43_blocks.ipynb #409434af
+# %% ../nbs/43_blocks.ipynb #fb93a2a8
 CHEAP = ('gp', 'neighbours')
 
 def chosen_stack(
     predictor: CorrelationPredictor,
-    members: list[str]|None=None   # names; None: all of the run's stack
+    members: list[str]|None=None   # names; None: those that have a weight in the run's stack
 ) -> Stack:  # `PairError` for members that the run does not have
     "The weights of some members"
     trained = predictor.stack if predictor.stack and predictor.members else Stack({'language_model': 1.})
-    members = [*trained.weights] if members is None else members
+    members = [m for m, w in trained.weights.items() if w] if members is None else members
     if other := [m for m in members if m not in trained.weights]:
         raise PairError([f"no member {', '.join(other)}; this run has {', '.join(trained.weights)}"])
     total = sum(trained.weights[m] for m in members)
@@ -150,6 +151,7 @@ def forecast_block(
     rows = predictor.texts(add_pair_keys(rows), predictor.grid.tokenizer)
     found = member_forecasts(predictor, rows, [*stack.weights])
     dist = stack(found)
+    if predictor.bounded: dist = restrict(dist, *pair_bounds(rows))
     low, high = dist.interval(0.9)
     numbers = dict(prediction=dist.mean.clamp(-1, 1), lower_90=low, upper_90=high,
                    confidence=dist.mass_within(dist.mean).clamp(max=1)) | {m: d.mean for m, d in found.items()}
@@ -271,7 +273,7 @@ class TableResult:
 
     def finish(self, refused: int) -> int: return self.rows
 
-# %% ../nbs/43_blocks.ipynb #34d1a2b0
+# %% ../nbs/43_blocks.ipynb #82b5cb7c
 @dataclass(frozen=True)
 class Written:
     "What was done"
@@ -312,7 +314,7 @@ def predict_pairs(
     run: str|Path,                 # run folder
     pairs: str,                    # file, 'database', or URL of a database
     out: str,                      # the same; a file is .csv or .parquet
-    members: list[str]|None=None,  # names of the members to ask; None: all of the run's stack
+    members: list[str]|None=None,  # names of the members to ask; None: those that have a weight
     strict: bool=False,            # `PairError` where a row cannot be used; False: it is listed in a file
     size: int|None=None,           # pairs of a block; None: 500 with the language model, 2,000 without
     **options                      # of `CorrelationPredictor.from_run`

@@ -213,14 +213,15 @@ def predict_many(self: CorrelationPredictor, pairs, progress: bool=False) -> lis
     rows = _asked_rows(pairs)
     if len(rows): rows = self.texts(add_pair_keys(check_pairs(rows, None)), self.grid.tokenizer)
     near, _ = self.neighbours(rows, self.k)
-    forecasts = dict(language_model=self.model_distribution(rows, near, progress))
     stack = self.stack if self.retriever is not None and self.members is not None and len(rows) else None
-    if stack: forecasts |= self.members.forecasts(rows)
+    forecasts = self.members.forecasts(rows) if stack else {}
+    if not stack or stack.weights.get('language_model', 0):   # what has no weight is not asked
+        forecasts['language_model'] = self.model_distribution(rows, near, progress)
     dist = stack(forecasts) if stack else forecasts['language_model']
     low, high = pair_bounds(rows) if self.bounded else np.full((2, len(rows)), np.nan)
     dist = restrict(dist, low, high)
     possible = [limits if limits[0] <= limits[1] else None for limits in zip(low.tolist(), high.tolist())]
-    means = {n: (w, forecasts[n].mean.tolist()) for n, w in (stack.weights if stack else {}).items()}
+    means = {n: (w, forecasts[n].mean.tolist()) for n, w in (stack.weights if stack else {}).items() if w}
     return [Prediction(a, b, dist[i], near[i], members={n: (w, m[i]) for n, (w, m) in means.items()},
                        possible=possible[i])
             for i, (a, b) in enumerate(zip(*(rows[c] for c in TITLES)))]
