@@ -10,7 +10,7 @@ __all__ = ['MOST_PAIRS', 'MOST_CONTRACTS', 'MOST_BYTES', 'Text', 'Price', 'Title
            'Service', 'Full', 'Waiting', 'Queue', 'problem', 'Metrics', 'key_of', 'Guard', 'database_state',
            'page_headers', 'question_routes', 'state_routes', 'make_app', 'Scrubbed', 'log_config', 'is_local', 'serve']
 
-# %% ../nbs/44_api.ipynb #a0b02029
+# %% ../nbs/44_api.ipynb #11c59dec
 import asyncio
 import base64
 import hashlib
@@ -21,7 +21,7 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -57,7 +57,7 @@ try:
 except ImportError as e:
     raise ImportError("corrnb serve needs FastAPI, uvicorn and prometheus-client: pip install 'corrnb[api]'") from e
 
-# %% ../nbs/44_api.ipynb #23ea079e
+# %% ../nbs/44_api.ipynb #769a96b4
 MOST_PAIRS = 256      # of one request
 MOST_CONTRACTS = 200  # of a matrix
 MOST_BYTES = 1 << 20  # of its body
@@ -97,9 +97,9 @@ class PairQuestion(_Asked):
     "How strongly do these two move together?"
     contract_a: TitleOrContract = Field(examples=['Will the Fed cut rates in March?'])
     contract_b: TitleOrContract = Field(examples=['Will inflation be below 3 % in March?'])
-    use_rag: StrictBool = Field(True, description='with similar pairs whose correlation is known, and all members')
-    explain: StrictBool = Field(False, description='let the model write its reasons: seconds')
-    distribution: StrictBool = Field(False, description='with the probability of each of -1.00, -0.99, ... 1.00')
+    use_rag: StrictBool = Field(default=True, description='with similar pairs that are known, and all members')
+    explain: StrictBool = Field(default=False, description='let the model write its reasons: seconds')
+    distribution: StrictBool = Field(default=False, description='with the probability of each of -1.00 ... 1.00')
 
     @model_validator(mode='after')
     def _two(self):
@@ -135,7 +135,7 @@ class MatrixQuestion(_Asked):
             if first != i: raise ValueError(f'contracts {first + 1} and {i + 1} have the same title')
         return self
 
-# %% ../nbs/44_api.ipynb #3b1b079d
+# %% ../nbs/44_api.ipynb #18aabc5a
 class Interval(BaseModel):
     "Central interval that holds this part of the probability"
     level: float = 0.9
@@ -162,7 +162,7 @@ class Forecast(BaseModel):
     interval: Interval
     members: list[Member]
     relation: str|None = Field(None, description='what logic says of the two titles')
-    possible: tuple[float, float]|None = Field(None, description='what prices leave, where the forecast is kept to it')
+    possible: list[float]|None = Field(None, description='what prices leave, where the forecast is kept to it')
     reasoning: str|None = None
     rag_context_used: bool
     neighbours: list[KnownPair]
@@ -218,11 +218,11 @@ def forecast_of(p: Prediction, distribution: bool=False) -> Forecast:
     probabilities = [*map(_rounded, p.distribution.probs.tolist())] if distribution else None
     return Forecast(underlying_correlation=_rounded(p.correlation), correlation_type=p.correlation_type,
                     confidence=_rounded(p.confidence), interval=Interval(lower=lower, upper=upper), members=members,
-                    relation=p.relation.reason or None, possible=p.possible and tuple(map(_rounded, p.possible)),
+                    relation=p.relation.reason or None, possible=[*map(_rounded, p.possible)] if p.possible else None,
                     reasoning=p.reasoning, rag_context_used=bool(known), neighbours=known,
                     distribution=probabilities)
 
-# %% ../nbs/44_api.ipynb #1f9ae515
+# %% ../nbs/44_api.ipynb #1edcc462
 def _refuse_others(run: Path, part: str, facts: dict, found: dict):
     "ValueError where a part says something else than the adapter"
     wrong = [f'{field} of the {part} is {now}, of the adapter {facts.get(field)}' for field, now in found.items()
@@ -266,7 +266,8 @@ class Service:
         self.run, self.predictor = Path(run), CorrelationPredictor.from_run(run, **options)
         p = self.predictor
         self.alone = CorrelationPredictor(p.model, p.grid, None, 0, p.nearest_last, texts=p.texts, bounded=p.bounded)
-        self.forecasts([PairQuestion(contract_a='A', contract_b='B')])   # the first pass checks model and index
+        first = PairQuestion.model_validate(dict(contract_a='A', contract_b='B'))
+        self.forecasts([first])   # the first pass checks the model
 
     def _forecasts(self, questions: list[PairQuestion], use_rag: bool) -> list[Forecast]:
         predictor = self.predictor if use_rag else self.alone
@@ -321,7 +322,7 @@ class Service:
                      members=[*chosen_stack(p).weights])
         return dict(model=model, index=dict(pairs=len(p.retriever), known=len(p.members.retriever) if p.members else 0))
 
-# %% ../nbs/44_api.ipynb #2a1d623d
+# %% ../nbs/44_api.ipynb #e24196b9
 class Full(Exception):
     "The queue takes no more; its argument is when to come again, in seconds"
 
@@ -356,7 +357,8 @@ class Queue:
 
     def _next(self) -> list[Waiting]:
         "The oldest, and others that want the same work"
-        first, later = self.waiting.popleft(), deque()
+        later: deque[Waiting] = deque()
+        first = self.waiting.popleft()
         batch, n = [first], len(first.questions)
         for entry in self.waiting:
             fits = entry.work == first.work and n + len(entry.questions) <= self.batch
@@ -397,10 +399,10 @@ class Queue:
             try: yield self
             finally: task.cancel()
 
-# %% ../nbs/44_api.ipynb #828f822d
+# %% ../nbs/44_api.ipynb #bc792815
 log = logging.getLogger('corrnb.api')
 
-def problem(status: int, sentence: str, headers: dict|None=None) -> Response:
+def problem(status: int, sentence: str, headers: Mapping[str, str]|None=None) -> Response:
     "An error as it is sent"
     return Response(json.dumps({'error': sentence}), status, headers, 'application/json')
 
@@ -426,7 +428,7 @@ def _too_long(request: Request, e: TimeoutError) -> Response:
 
 def _no_pair(request: Request, e: PairError) -> Response: return problem(422, e.problems[0])
 
-HANDLERS = {RequestValidationError: _invalid, HTTPException: _refused, Full: _full, TimeoutError: _too_long,
+HANDLERS: dict = {RequestValidationError: _invalid, HTTPException: _refused, Full: _full, TimeoutError: _too_long,
             PairError: _no_pair}
 
 # %% ../nbs/44_api.ipynb #2d235d0d
@@ -498,7 +500,7 @@ class Guard:
         self.metrics.count(scope['path'], status, seconds)
         log.info('%s %s %s %.0f ms', scope['method'], scope['path'], status, 1000*seconds)
 
-# %% ../nbs/44_api.ipynb #68343f1d
+# %% ../nbs/44_api.ipynb #8ede1004
 PAGE = Path(corrnb.__file__).with_name('page.html')
 ERRORS = {400: 'unreadable', 401: 'no key, or a wrong one', 413: 'too long', 422: 'not a question',
           429: 'ask again later', 500: 'a fault', 504: 'the time limit'}
@@ -584,7 +586,7 @@ def make_app(
                   description='How strongly do two tradable contracts move together?', exception_handlers=HANDLERS,
                   middleware=[Middleware(Guard, metrics=metrics, key=key)])
     shown = [Security(APIKeyHeader(name='X-API-Key', auto_error=False)), Security(HTTPBasic(auto_error=False))]
-    errors = {status: dict(model=Problem, description=text) for status, text in ERRORS.items()}
+    errors: dict = {status: dict(model=Problem, description=text) for status, text in ERRORS.items()}
     for router in (question_routes(service, queue), state_routes(service, metrics)):
         app.include_router(router, dependencies=shown if key else [], responses=errors)
 

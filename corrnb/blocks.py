@@ -113,7 +113,7 @@ def check_block(
     lines = [(i + 1, rows.id[i], '; '.join(why)) for i, why in sorted(reasons.items())]
     return good.drop(index=again), pd.DataFrame(lines, columns=['row', 'id', 'reason'])
 
-# %% ../nbs/43_blocks.ipynb #fb93a2a8
+# %% ../nbs/43_blocks.ipynb #ea94b634
 CHEAP = ('gp', 'neighbours')
 
 def chosen_stack(
@@ -137,7 +137,8 @@ def member_forecasts(
     known, found = predictor.members, {}
     if 'gp' in members: found['gp'] = known.gp.distribution(rows)
     if 'neighbours' in members:
-        found['neighbours'] = neighbours_forecast(*known.retriever.known(rows, SIMILAR), known.settings)
+        values, distances = known.retriever.known(rows, SIMILAR)
+        found['neighbours'] = neighbours_forecast(values, distances, known.settings)
     if 'language_model' in members:
         found['language_model'] = predictor.model_distribution(rows, predictor.neighbours(rows, predictor.k)[0])
     return found
