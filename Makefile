@@ -33,8 +33,9 @@ docs: $(DEV)      ## the documentation site in _docs, links checked; by Quarto w
 docs-serve: docs  ## look at the site, at http://localhost:8000
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs 8000
 
-docs-test: $(DOCS) docs  ## click through the site in Chromium
+docs-test: $(DOCS) docs  ## click through the site, and the page of `corrnb serve`, in Chromium
 	@$(BIN)/python .ci/browser.py site
+	@$(BIN)/python .ci/browser.py page
 
 lab-test: $(DOCS) ## run notebooks in JupyterLab as a person would (NOTEBOOKS=all: the whole pipeline and library); needs Chromium
 	@$(BIN)/python .ci/browser.py lab $(NOTEBOOKS)
