@@ -50,7 +50,8 @@ def test_no_checkout_in_sight(installed):
     assert where.startswith(str(installed.venv)), where
     assert 'page.html' in {p.name for p in installed.files}, 'the page of `corrnb serve` is missing'
     help = installed.corrnb('--help')
-    assert all(command in help for command in ('run', 'predict', 'serve', 'sweep', 'compare', 'label', 'notebooks')), help
+    commands = 'run', 'predict', 'serve', 'sweep', 'compare', 'label', 'notebooks'
+    assert all(command in help for command in commands), help
     assert 'regression_loss_weight' in installed.corrnb('run', '--help')
 
 @pytest.mark.seconds(40)

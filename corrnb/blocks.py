@@ -5,14 +5,19 @@
 # %% auto #0
 __all__ = ['READ', 'CHEAP', 'COLUMNS', 'is_database', 'read_blocks', 'count_pairs', 'SeenIds', 'check_block', 'chosen_stack',
            'member_forecasts', 'forecast_block', 'model_version', 'row_hashes', 'FileResult', 'ContractForecast',
-           'TableResult', 'Written', 'checked_blocks', 'predict_pairs']
+           'TableResult', 'open_result', 'Forecaster', 'ray_forecasts', 'Written', 'checked_blocks', 'predict_pairs']
 
-# %% ../nbs/43_blocks.ipynb #c2f4ab9f
+# %% ../nbs/43_blocks.ipynb #03f815a6
 import json
+import logging
+import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib import util
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +45,8 @@ from corrnb.data import (
 from .files import atomic_file, atomic_write, content_hash, hold, sha256
 from .inference import CorrelationPredictor
 from .labelling import rows_file
+from .manifests import read_manifest
+from .parameters import ParameterError
 from .prompts import DETAILS, correlation_type
 from corrnb.schema import (
     Base,
@@ -113,15 +120,17 @@ def check_block(
     lines = [(i + 1, rows.id[i], '; '.join(why)) for i, why in sorted(reasons.items())]
     return good.drop(index=again), pd.DataFrame(lines, columns=['row', 'id', 'reason'])
 
-# %% ../nbs/43_blocks.ipynb #ea94b634
+# %% ../nbs/43_blocks.ipynb #e0707692
 CHEAP = ('gp', 'neighbours')
 
 def chosen_stack(
-    predictor: CorrelationPredictor,
-    members: list[str]|None=None   # names; None: those that have a weight in the run's stack
+    run: str|Path,                # run folder
+    members: list[str]|None=None  # names; None: those that have a weight in the run's stack
 ) -> Stack:  # `PairError` for members that the run does not have
     "The weights of some members"
-    trained = predictor.stack if predictor.stack and predictor.members else Stack({'language_model': 1.})
+    model = Path(run)/'model'
+    found = read_manifest(model).get('stack') if (model/'members').exists() else None
+    trained = Stack(**found) if found else Stack({'language_model': 1.})
     members = [m for m, w in trained.weights.items() if w] if members is None else members
     if other := [m for m in members if m not in trained.weights]:
         raise PairError([f"no member {', '.join(other)}; this run has {', '.join(trained.weights)}"])
@@ -174,7 +183,7 @@ def model_version(
     facts.pop('base_folder', None)
     return content_hash(corrnb.__version__, facts, hashes, index, sorted(stack.weights.items()))
 
-# %% ../nbs/43_blocks.ipynb #eb3a842c
+# %% ../nbs/43_blocks.ipynb #9f56903f
 COLUMNS = ['id', *TITLES, 'prediction', 'correlation_type', 'lower_90', 'upper_90', 'confidence']   # and the members
 
 def row_hashes(rows: pd.DataFrame) -> list[str]:
@@ -215,10 +224,9 @@ class FileResult:
         self.blocks[name] = len(rows)
         return rows[:0] if (self.parts/f'{name}.parquet').exists() else rows
 
-    def add(self, made: pd.DataFrame):
-        "Keep the forecasts of the block that `missing` was asked for"
-        with atomic_file(self.parts/f'{[*self.blocks][-1]}.parquet') as tmp:
-            made[self.columns].to_parquet(tmp, index=False)
+    def add(self, name: str, made: pd.DataFrame):
+        "Keep the forecasts of a block"
+        with atomic_file(self.parts/f'{name}.parquet') as tmp: made[self.columns].to_parquet(tmp, index=False)
 
     def finish(self, refused: int) -> int:  # rows
         "Make the file from the blocks"
@@ -231,7 +239,7 @@ class FileResult:
         shutil.rmtree(self.parts)
         return rows
 
-# %% ../nbs/43_blocks.ipynb #31c0ec99
+# %% ../nbs/43_blocks.ipynb #bffb5517
 class ContractForecast(Base):
     "One forecast of one model"
     __tablename__ = 'contract_forecasts'
@@ -270,11 +278,56 @@ class TableResult:
         self.rows += len(rows)
         return rows[~rows.row_hash.isin(there.row_hash)]
 
-    def add(self, made: pd.DataFrame): write_frame(self.engine, ContractForecast, made[self.columns])
+    def add(self, name: str, made: pd.DataFrame): write_frame(self.engine, ContractForecast, made[self.columns])
 
     def finish(self, refused: int) -> int: return self.rows
 
-# %% ../nbs/43_blocks.ipynb #82b5cb7c
+# %% ../nbs/43_blocks.ipynb #678422ac
+def open_result(out: str, version: str, members: list[str]) -> FileResult|TableResult:
+    "Where forecasts go: a file, or the table of 'database' or a URL"
+    return (TableResult if is_database(out) else FileResult)(out, version, members)
+
+# %% ../nbs/43_blocks.ipynb #83db4df5
+class Forecaster:
+    "Holds the model, and puts forecasts of blocks into a result"
+    def __init__(self, cwd: str, run: str|Path, out: str, members: list[str]|None, options: dict):
+        os.chdir(cwd)   # where relative places begin: an actor of Ray starts elsewhere
+        self.predictor, self.stack = CorrelationPredictor.from_run(run, **options), chosen_stack(run, members)
+        self.version = model_version(run, self.stack)
+        self.result = open_result(out, self.version, [*self.stack.weights])
+
+    def forecast(self, name: str, rows: pd.DataFrame) -> int:  # rows
+        "Forecast a block, as from `checked_blocks`"
+        made = forecast_block(self.predictor, rows, self.stack)
+        self.result.add(name, made.assign(model_version=self.version, row_hash=rows.row_hash))
+        return len(rows)
+
+    def __call__(self, batch: dict) -> dict:
+        "The same for files of blocks, as Ray Data asks"
+        return dict(rows=[self.forecast(Path(path).stem, pd.read_parquet(path)) for path in batch['path']])
+
+def ray_forecasts(
+    paths: list[str],  # of blocks of rows, .parquet
+    workers: int,      # actors
+    gpus: float,       # of each
+    arguments: tuple   # of `Forecaster`
+) -> Iterator[int]:    # rows of each block, as it is done
+    "Forecast blocks by actors of Ray Data"
+    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+    import ray
+    import ray.data
+    local: dict = {} if os.environ.get('RAY_ADDRESS') else dict(num_cpus=workers, include_dashboard=False)
+    ray.init(**local, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        blocks = ray.data.from_items([dict(path=path) for path in paths], override_num_blocks=len(paths))
+        options: dict = dict(num_gpus=gpus) if gpus else {}
+        options |= dict(fn_constructor_args=arguments, batch_size=1, concurrency=workers)
+        done = blocks.map_batches(Forecaster, **options)
+        for row in done.iter_rows(): yield int(row['rows'])
+    finally: ray.shutdown()
+
+# %% ../nbs/43_blocks.ipynb #0ea2f76a
 @dataclass(frozen=True)
 class Written:
     "What was done"
@@ -298,18 +351,33 @@ def checked_blocks(pairs: str, size: int, version: str) -> Iterator[tuple[str, p
         made_from = content_hash(version, rows.row_hash.tolist(), refused.astype(str).values.tolist())
         yield f'{i:07}-{made_from}', rows, refused, len(block)
 
-def _write_blocks(result, blocks: Iterator, forecast, strict: bool, refuse, bar: tqdm) -> tuple[int, int]:
-    "Put the forecasts that a result lacks into it; how many were made, and how many rows were refused"
+def _write_blocks(result, blocks: Iterator, forecast: Callable, strict: bool, refuse, bar: tqdm) -> tuple[int, int]:
+    "Forecast the rows that a result lacks; how many these are, and how many rows were refused"
     made = n_refused = 0
     for name, rows, refused, n in blocks:
         if len(refused):
             if strict: raise PairError([f'row {r.row} (id {r.id}): {r.reason}' for r in refused.itertuples()])
             refuse(refused)
         new = result.missing(rows, name)
-        if len(new): result.add(forecast(new))
+        waiting = len(new) - (forecast(name, new) if len(new) else 0)
         made, n_refused = made + len(new), n_refused + len(refused)
-        bar.update(n)
+        bar.update(n - waiting)
     return made, n_refused
+
+@contextmanager
+def _forecasting(arguments: tuple, workers: int, gpus: float, bar: tqdm) -> Iterator[Callable]:
+    "A function of a block's name and rows that forecasts them and says how many; with Ray at the end of the context"
+    if workers == 1:
+        forecaster = cache(lambda: Forecaster(*arguments))   # where nothing is missing no model is loaded
+        yield lambda name, rows: forecaster().forecast(name, rows)
+        return
+    with tempfile.TemporaryDirectory(prefix='.corrnb-rows-', dir=Path.cwd()) as waiting:
+        def put_aside(name, rows):
+            rows.to_parquet(f'{waiting}/{name}.parquet')
+            return 0
+        yield put_aside
+        paths = sorted(map(str, Path(waiting).glob('*.parquet')))
+        for n in ray_forecasts(paths, workers, gpus, arguments) if paths else (): bar.update(n)
 
 def predict_pairs(
     run: str|Path,                 # run folder
@@ -318,25 +386,26 @@ def predict_pairs(
     members: list[str]|None=None,  # names of the members to ask; None: those that have a weight
     strict: bool=False,            # `PairError` where a row cannot be used; False: it is listed in a file
     size: int|None=None,           # pairs of a block; None: 500 with the language model, 2,000 without
+    workers: int=1,                # more than one with Ray
+    gpus: float=0,                 # of each of these
     **options                      # of `CorrelationPredictor.from_run`
 ) -> Written:
     "Forecast all pairs of a file or table; a call that was killed goes on where it was"
-    predictor = CorrelationPredictor.from_run(run, **options)
-    stack = chosen_stack(predictor, members)
+    if workers < 1: raise ParameterError(f'--workers must be positive, not {workers}')
+    if workers > 1 and not util.find_spec('ray'): raise ParameterError("--workers needs Ray: pip install 'corrnb[ray]'")
+    stack = chosen_stack(run, members)
     version, size = model_version(run, stack), size or (500 if 'language_model' in stack.weights else 2000)
-    result = (TableResult if is_database(out) else FileResult)(out, version, [*stack.weights])
-    place = 'contract_forecasts' if is_database(out) else out
+    result, place = open_result(out, version, [*stack.weights]), 'contract_forecasts' if is_database(out) else out
     reasons = Path(f'{Path(place).with_suffix("")}.refused.csv')
     if before := result.finished():
         if before['blocks'] == {name: len(rows) for name, rows, *_ in checked_blocks(pairs, size, version)}:
             return Written(place, before['rows'], 0, before['refused'], reasons)
-    def forecast(rows):
-        made = forecast_block(predictor, rows, stack)
-        return made.assign(model_version=version, row_hash=rows.row_hash)
+    arguments = str(Path.cwd()), run, out, members, options
     bar = tqdm(total=count_pairs(pairs), desc='predict', unit=' pairs', disable=None)
     with result.open(), rows_file(reasons) as refuse, bar:
-        blocks = checked_blocks(pairs, size, version)
-        made, refused = _write_blocks(result, blocks, forecast, strict, refuse, bar)
+        with _forecasting(arguments, workers, gpus, bar) as forecast:
+            blocks = checked_blocks(pairs, size, version)
+            made, refused = _write_blocks(result, blocks, forecast, strict, refuse, bar)
         rows = result.finish(refused)
     if not refused: reasons.unlink()
     if not rows: raise PairError([f'{pairs} holds no pair that can be forecast: see {reasons}'])

@@ -173,11 +173,12 @@ def _inspect(
     print(*page.lines, f'Page: {page.save(out)}', sep='\n')
 
 # %% ../nbs/36_cli.ipynb #5e77ee02
-def _forecast_file(folder, pairs: str, out: str|None, members: str|None, strict: bool):
+def _forecast_file(folder, pairs: str, out: str|None, members: str|None, strict: bool, **machines):
     "Forecasts of many pairs, written where `out` says"
     if out is None: raise ParameterError('--pairs needs --out: a .csv or .parquet file, database, or the URL of one')
     from corrnb.blocks import predict_pairs  # loads torch
-    print(predict_pairs(folder, pairs, out, members and members.split(','), strict))
+    asked = members and members.split(',')
+    print(predict_pairs(folder, pairs, out, asked, strict, **machines))
 
 @app.command('predict')
 def _predict(
@@ -188,13 +189,15 @@ def _predict(
     out: _option(str, 'FILE', 'where their forecasts go: the same') = None,
     members: _option(str, 'NAMES', 'ask only these members, such as gp,neighbours') = None,
     strict: _flag('--strict', 'stop where a pair cannot be used, instead of listing it in a file') = False,
+    workers: Annotated[int, typer.Option(metavar='N', help='more than one: actors of Ray')] = 1,
+    gpus: Annotated[float, typer.Option(metavar='X', help='of each of these')] = 0,
     runs_dir: Runs = 'runs', verbose: Verbose = False
 ):
     "how strongly do two contracts move together? Or all pairs of a file"
     from corrnb.pipeline import find_run
     if (titles is None) == (pairs is None): raise ParameterError('predict takes two titles, or --pairs and --out')
     folder = find_run(model, runs_dir)
-    if pairs is not None: return _forecast_file(folder, pairs, out, members, strict)
+    if pairs is not None: return _forecast_file(folder, pairs, out, members, strict, workers=workers, gpus=gpus)
     from corrnb.inference import CorrelationPredictor  # loads torch
     prediction = CorrelationPredictor.from_run(folder).predict(*titles, explain=explain)
     print(prediction.answer.to_json() if json else prediction)
