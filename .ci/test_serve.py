@@ -60,38 +60,45 @@ def wait_for_queue(client, n):
     end = time.time() + 30
     while waiting(client) < n: assert time.time() < end, 'the questions did not arrive'
 
-@pytest.mark.seconds(25)
-def test_many_clients_then_killed(place):
-    "Sixteen clients get what a single one gets, in shared passes; killed while it answers and begun again, it answers"
+def many_clients(client, clients):
+    "Sixteen clients get what a single one gets, in shared passes"
+    found = [*clients.map(lambda i: predict(client, i), range(160))]
+    assert {r.status_code for r in found} == {200}
+    alone = [predict(client, i).json()['underlying_correlation'] for i in range(0, 160, 16)]
+    gaps = [abs(r.json()['underlying_correlation'] - x) for r, x in zip(found[::16], alone)]
+    assert max(gaps) <= 1e-4, f'answered together, a forecast differs by {max(gaps):.2g}'
+    batches = re.search(r'(?m)^corrnb_batch_size_count (.*)', client.get('/metrics').text)[1]
+    assert float(batches) < 120, f'170 questions were answered in {batches} passes: none shared'
+    return alone[0]
+
+def several(client, clients, requests):
+    "Requests of 40 pairs each, accepted and not answered yet"
+    batches = [dict(pairs=[question(100*j + i) for i in range(40)]) for j in range(requests)]
+    pending = [clients.submit(client.post, '/predict-correlations', json=batch) for batch in batches]
+    wait_for_queue(client, 40*requests)
+    return pending
+
+def document_holds(place, client):
+    "Schemathesis finds nothing in what /openapi.json promises"
+    # that two titles are the same, or a date is none, is more than a schema can say
+    checks = '--exclude-checks', 'positive_data_acceptance'
+    options = '-H', f'X-API-Key: {KEY}', '--max-examples', '8', '--phases', 'examples,fuzzing'
+    call(bin/'schemathesis', 'run', f'{client.base_url}/openapi.json', *options, *checks, cwd=place.folder)
+    assert client.get('/ready', params=dict(key=KEY), headers={'X-API-Key': 'other'}).status_code == 401
+
+@pytest.mark.seconds(45)
+def test_server(place):
+    "Killed while it answers many and begun again, it answers; told to stop, it answers what it has accepted"
     with started(place) as (process, client), concurrent.futures.ThreadPoolExecutor(16) as clients:
-        found = [*clients.map(lambda i: predict(client, i), range(160))]
-        assert {r.status_code for r in found} == {200}
-        alone = [predict(client, i).json()['underlying_correlation'] for i in range(0, 160, 16)]
-        gaps = [abs(r.json()['underlying_correlation'] - x) for r, x in zip(found[::16], alone)]
-        assert max(gaps) <= 1e-4, f'answered together, a forecast differs by {max(gaps):.2g}'
-        batches = re.search(r'(?m)^corrnb_batch_size_count (.*)', client.get('/metrics').text)[1]
-        assert float(batches) < 120, f'170 questions were answered in {batches} passes: none shared'
-        pending = [clients.submit(client.post, '/predict-correlations', json=dict(pairs=[question(i)]*100))
-                   for i in range(2)]
-        wait_for_queue(client, 200)
+        first = many_clients(client, clients)
+        pending = several(client, clients, 5)
         process.kill()
         lost = [p for p in pending if isinstance(p.exception(), httpx.TransportError)]
         assert lost, 'killed too late'
-    with started(place) as (process, client): assert predict(client, 0).json()['underlying_correlation'] == alone[0]
-
-@pytest.mark.seconds(30)
-def test_document_holds_and_stop_answers(place):
-    "Schemathesis finds nothing in what /openapi.json promises; told to stop, the server answers what it has accepted"
     with started(place) as (process, client), concurrent.futures.ThreadPoolExecutor(16) as clients:
-        # that two titles are the same, or a date is none, is more than a schema can say
-        checks = '--exclude-checks', 'positive_data_acceptance'
-        url = f'http://127.0.0.1:{place.port}/openapi.json'
-        options = '-H', f'X-API-Key: {KEY}', '--max-examples', '5', '--phases', 'examples,coverage,fuzzing'
-        call(bin/'schemathesis', 'run', url, *options, *checks, cwd=place.folder)
-        assert client.get('/ready', params=dict(key=KEY), headers={'X-API-Key': 'other'}).status_code == 401
-        batches = [dict(pairs=[question(100*j + i) for i in range(40)]) for j in range(8)]
-        pending = [clients.submit(client.post, '/predict-correlations', json=batch) for batch in batches]
-        wait_for_queue(client, 320)
+        assert predict(client, 0).json()['underlying_correlation'] == first
+        document_holds(place, client)
+        pending = several(client, clients, 8)
         process.send_signal(signal.SIGTERM)
         assert {p.result().status_code for p in pending} == {200}
         process.wait(20)

@@ -222,7 +222,7 @@ def forecast_of(p: Prediction, distribution: bool=False) -> Forecast:
                     reasoning=p.reasoning, rag_context_used=bool(known), neighbours=known,
                     distribution=probabilities)
 
-# %% ../nbs/44_api.ipynb #1edcc462
+# %% ../nbs/44_api.ipynb #a4c08c8a
 def _refuse_others(run: Path, part: str, facts: dict, found: dict):
     "ValueError where a part says something else than the adapter"
     wrong = [f'{field} of the {part} is {now}, of the adapter {facts.get(field)}' for field, now in found.items()
@@ -319,7 +319,7 @@ class Service:
         "Model and index in words, without places"
         facts, p = read_manifest(self.run/'model'), self.predictor
         model = dict(run=self.run.name, base_model=facts['base_model'], target=facts['target'],
-                     members=[*chosen_stack(p).weights])
+                     members=[*chosen_stack(self.run).weights])
         return dict(model=model, index=dict(pairs=len(p.retriever), known=len(p.members.retriever) if p.members else 0))
 
 # %% ../nbs/44_api.ipynb #e24196b9

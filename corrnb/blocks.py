@@ -287,7 +287,7 @@ def open_result(out: str, version: str, members: list[str]) -> FileResult|TableR
     "Where forecasts go: a file, or the table of 'database' or a URL"
     return (TableResult if is_database(out) else FileResult)(out, version, members)
 
-# %% ../nbs/43_blocks.ipynb #83db4df5
+# %% ../nbs/43_blocks.ipynb #7cafea5b
 class Forecaster:
     "Holds the model, and puts forecasts of blocks into a result"
     def __init__(self, cwd: str, run: str|Path, out: str, members: list[str]|None, options: dict):
@@ -320,6 +320,7 @@ def ray_forecasts(
     ray.init(**local, log_to_driver=False, logging_level=logging.ERROR)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger('ray.data').setLevel(logging.ERROR)
         blocks = ray.data.from_items([dict(path=path) for path in paths], override_num_blocks=len(paths))
         options: dict = dict(num_gpus=gpus) if gpus else {}
         options |= dict(fn_constructor_args=arguments, batch_size=1, concurrency=workers)
