@@ -221,13 +221,13 @@ def tree_batch(
         pos[i, text] = torch.arange(len(a) + len(b))
     ids[:, h+t:] = grid.node_tokens
     pos[:, h+t:] = torch.tensor([len(a) for a in heads])[:, None] + grid.node_depth - 1
-    see = torch.ones(h + t + n, h + t + n, dtype=torch.bool).tril()
+    ids, pos = ids.to(device), pos.to(device)     # the mask is made there
+    see = torch.ones(h + t + n, h + t + n, dtype=torch.bool, device=device).tril()
     see[h+t:, h:] = False                         # nodes see no completion,
-    see[h+t:, h+t:] = grid.ancestors              # and of the tree only their ancestors and themselves
-    see = (see & (pos >= 0)[:, None, :]) | torch.eye(h + t + n, dtype=torch.bool)
+    see[h+t:, h+t:] = grid.ancestors.to(device)   # and of the tree only their ancestors and themselves
+    see = (see & (pos >= 0)[:, None, :]) | torch.eye(h + t + n, dtype=torch.bool, device=device)
     mask = F.pad(see, (n_past, 0), value=True)[:, None]
-    pos = pos.clamp_min(0) + n_past
-    return dict(input_ids=ids.to(device), position_ids=pos.to(device), attention_mask=mask.to(device))
+    return dict(input_ids=ids, position_ids=pos.clamp_min(0) + n_past, attention_mask=mask)
 
 # %% ../nbs/13_answers.ipynb #e74c6e4b
 def _window(config) -> int | None:

@@ -324,3 +324,17 @@ def main(
     except Exception as e: return _report(e, '--verbose' in argv)
     if code: print('\nInterrupted. The same command goes on with the stage that was interrupted.', file=sys.stderr)
     return code or 0
+
+# %% ../nbs/36_cli.ipynb #whlc0002
+@app.command('wheelhouse')
+def _wheelhouse(
+    folder: Annotated[str, typer.Argument(metavar='DIR', help='folder to make')],
+    have: Annotated[str, typer.Option(metavar='FILE', help='what `pip freeze` prints on that machine')],
+    python: Annotated[str, typer.Option(metavar='VERSION', help='its Python')] = '3.12',
+    cuda: Annotated[str|None, typer.Option(metavar='VERSION', help='its CUDA: bitsandbytes for this one alone')] = None,
+    extras: Annotated[str, typer.Option(metavar='NAMES', help='of corrnb, with commas between')] = 'cpu',
+    verbose: Verbose = False
+):
+    "collect the wheels that a machine without a network still lacks"
+    from corrnb.wheelhouse import wheelhouse
+    print(wheelhouse(folder, Path(have).read_text(), python, cuda, f'corrnb[{extras}]'))

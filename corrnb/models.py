@@ -44,6 +44,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from .config import Settings
 from .files import atomic_dir, content_hash
 
+torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for every shape, longer than a pass takes
+
 # %% ../nbs/11_models.ipynb #imports07
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 

@@ -10,6 +10,7 @@ __all__ = ['PARTS', 'RECENT', 'TABLE', 'KIND_DISTANCE', 'SemanticRAG', 'neighbou
 # %% ../nbs/16_rag.ipynb #04a9c6ed
 import json
 import warnings
+from functools import cached_property
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,7 +22,7 @@ from scipy.sparse import csr_array
 from scipy.special import softmax
 
 from .data import TITLES, PairError, check_pairs, pair_key
-from .embeddings import embed_texts, normalize
+from .embeddings import embed_texts, normalize, vector_store
 from .files import atomic_dir, content_hash, sha256
 from .models import model_fingerprint
 from .relations import COLUMNS, RELATED, pair_columns
@@ -339,14 +340,18 @@ class PairRetriever:
         self.ahead: tuple = ()            # layers that will be asked for next: one pass gives all
         self.recent: dict[tuple, np.ndarray] = {}   # (text, layer): vector, of the last few texts
 
+    @cached_property
+    def store(self) -> Path|None:
+        "Where vectors are kept; the index holds for these weights alone, so they are looked at once"
+        return vector_store(self.model, self.tokenizer, self.cache_dir) if self.cache_dir else None
+
     def embed(self, texts: list[str], layers: list[int]) -> np.ndarray:  # (layers, n, hidden)
         "Mean hidden state of each text after each of the layers"
         texts, layers = list(texts), list(layers)
-        def found(texts, layers):
-            return embed_texts(self.model, self.tokenizer, texts, layers, cache_dir=self.cache_dir)
+        def found(texts, layers): return embed_texts(self.model, self.tokenizer, texts, layers, cache_dir=self.store)
         every = [*dict.fromkeys([*layers, *self.ahead])]
         if len(texts) > RECENT: return found(texts, every if self.cache_dir else layers)[:len(layers)]
-        if len(self.recent) > RECENT*len(every): self.recent.clear()
+        if len(self.recent) > 16*RECENT: self.recent.clear()
         if new := [t for t in dict.fromkeys(texts) if any((t, i) not in self.recent for i in layers)]:
             self.recent |= {(t, i): v for i, of_layer in zip(every, found(new, every)) for t, v in zip(new, of_layer)}
         return np.array([[self.recent[t, i] for t in texts] for i in layers])

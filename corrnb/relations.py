@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Range', 'Claim', 'Relation', 'COUNTS', 'SCALES', 'NUMBER', 'RISE', 'FALL', 'TO', 'HIT', 'UP', 'DOWN', 'OR', 'DAY',
            'MONTH', 'LIMITS', 'NEGATION', 'IGNORED', 'WINNING', 'ONE', 'ONE_WINNER', 'SHARED', 'RANK', 'RULES', 'KINDS',
-           'COLUMNS', 'RELATED', 'read_title', 'same_question', 'complement', 'bracket', 'ladder', 'opposite',
+           'COLUMNS', 'RELATED', 'FEW', 'read_title', 'same_question', 'complement', 'bracket', 'ladder', 'opposite',
            'same_direction', 'exclusive', 'other_outcome', 'compare', 'relation', 'distinct_rows', 'relations',
            'pair_columns']
 
@@ -231,8 +231,24 @@ KINDS = dict(together=('ladder', 'same direction', 'same question'), opposed=('o
 COLUMNS = ('same_event', *KINDS)
 RELATED = [f'contract_{s}_{name}' for name in ('event_id', 'close_date') for s in 'ab']  # columns that rules read
 
+FEW = 8  # rows up to which a frame costs more than what is in it
+
+@lru_cache(4096)
+def _columns_of(title_a, title_b, event_a, event_b, close_a, close_b) -> list[float]:
+    a, b = read_title(title_a, event_a, close_a), read_title(title_b, event_b, close_b)
+    kind = compare(a, b).relation if a.words == b.words or _same_event(a, b) else 'none'
+    return [float(x) for x in (_same_event(a, b), *(kind in k for k in KINDS.values()))]
+
+def _few_columns(pairs: pd.DataFrame) -> pd.DataFrame:
+    "`pair_columns` of a few pairs, row by row; what is asked again is known"
+    read = [f'contract_{s}_{name}' for name in ('title', 'event_id', 'close_date') for s in 'ab']
+    columns = [pairs[c].tolist() if c in pairs else [None]*len(pairs) for c in read]
+    rows = [_columns_of(*(None if pd.isna(v) else v for v in row)) for row in zip(*columns)]
+    return pd.DataFrame(rows, pairs.index, list(COLUMNS), dtype=float)
+
 def pair_columns(pairs: pd.DataFrame) -> pd.DataFrame:  # (n, `COLUMNS`), each 0 or 1
     "Whether both contracts are of one event, and what logic says of them; arguments as of `relations`"
+    if len(pairs) < FEW: return _few_columns(pairs)
     a, b = [pairs.get(f'contract_{s}_event_id', pd.Series(pd.NA, pairs.index)) for s in 'ab']
     same = a.notna() & b.notna() & (a.astype(str) == b.astype(str))
     kind = relations(pairs).relation

@@ -5,6 +5,7 @@
 Each check prints ok or what is wrong, and the next one has its turn. The same script runs on a CPU (--device cpu).
 """
 import argparse
+import gc
 import json
 import os
 import signal
@@ -67,7 +68,7 @@ def market(n: int):
     return rows.assign(correlation_type=rows[TARGET].map(correlation_type), correlation_reasoning='one moves the other',
                        analysis_confidence=.8)
 
-def trainer_of(model, grid, folder: str, n: int, **settings):
+def trainer_of(model, grid, folder: str, n: int, arguments=None, **settings):
     "A trainer on `n` rows that prints nothing"
     from transformers import PrinterCallback
 
@@ -76,7 +77,8 @@ def trainer_of(model, grid, folder: str, n: int, **settings):
     from corrnb.training import make_trainer
     c = TrainingConfig(**dict(output_dir=folder, num_train_epochs=1) | settings)
     rows = TrainingRows(market(n), TARGET, c)
-    trainer = make_trainer(model, grid, rows, c, disable_tqdm=True, logging_strategy='no')
+    quiet = dict(disable_tqdm=True, logging_strategy='no')
+    trainer = make_trainer(model, grid, rows, c, **quiet | (arguments or {}))
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -117,11 +119,14 @@ def step(device: str) -> str:
     for place, kind in (('cpu', 'float32'), (device, 'float32'), (device, 'bfloat16'), (device, 'nf4')):
         model, _, grid = adapted(kind, place)
         with tempfile.TemporaryDirectory() as folder:
-            trainer = trainer_of(model, grid, folder, 8, per_device_train_batch_size=8, optim='sgd', learning_rate=1)
+            straight = dict(lr_scheduler_type='constant', warmup_steps=0, save_strategy='no')
+            trainer = trainer_of(model, grid, folder, 8, straight, per_device_train_batch_size=8, optim='sgd',
+                                 learning_rate=1)
             before = adapter(model)
             trainer.train()       # one step along the gradient, which is clipped to length one
         found[place, kind] = torch.tensor(trainer.state.log_history[-1]['train_loss']), adapter(model) - before
     (loss, gradient), (same, same_gradient) = found['cpu', 'float32'], found[device, 'float32']
+    assert .5 < gradient.norm() < 1.5, f'the step is {gradient.norm():.2g} long'
     shown = [below(apart(same, loss), 1e-4, 'float32: loss'), below(apart(same_gradient, gradient), 1e-3, 'gradient')]
     near = found[device, 'bfloat16']
     shown += [below(apart(near[0], loss), .02, 'bfloat16: loss'),
@@ -163,11 +168,17 @@ def memory(device: str) -> str:
     import torch
     if device == 'cpu': return 'only where there is a GPU'
     model, _, grid = adapted('float32', device)
-    total = torch.cuda.get_device_properties(0).total_memory
+    total, before = torch.cuda.get_device_properties(0).total_memory, torch.cuda.memory_allocated()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of(model, grid, folder, 64, per_device_train_batch_size=64, save_strategy='no')
+        def trainer_now(): return trainer_of(model, grid, folder, 64, no_files, per_device_train_batch_size=64)
+        no_files = dict(save_strategy='no')
+        torch.cuda.reset_peak_memory_stats()
+        trainer_now().train()
+        needed = torch.cuda.max_memory_allocated() - before
+        trainer = trainer_now()
+        gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 1.5e9)/total)
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + .7*needed)/total)
         try: trainer.train()
         finally: torch.cuda.set_per_process_memory_fraction(1.)
     rows = trainer.args.per_device_train_batch_size
