@@ -239,10 +239,11 @@ class FileResult:
         shutil.rmtree(self.parts)
         return rows
 
-# %% ../nbs/43_blocks.ipynb #bffb5517
+# %% ../nbs/43_blocks.ipynb #0c9fbe56
 class ContractForecast(Base):
     "One forecast of one model"
     __tablename__ = 'contract_forecasts'
+    __table_args__ = {'extend_existing': True}   # where this notebook and its module are both there
     id: Mapped[str] = mapped_column(primary_key=True)
     model_version: Mapped[str] = mapped_column(primary_key=True)
     contract_a_title: Mapped[str]
