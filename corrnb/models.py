@@ -303,10 +303,10 @@ def without_adapter(
     layers = _ADAPTED.get(model) or [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     _ADAPTED[model] = layers   # where there is none yet, one may be added
     before = [layer.disable_adapters for layer in layers]
-    for layer in layers: layer._disable_adapters = True
+    for layer in layers: vars(layer)['_disable_adapters'] = True   # past the checks of `Module.__setattr__`
     try: yield
     finally:
-        for layer, disabled in zip(layers, before): layer._disable_adapters = disabled
+        for layer, disabled in zip(layers, before): vars(layer)['_disable_adapters'] = disabled
 
 # %% ../nbs/11_models.ipynb #f905f429
 _FINGERPRINTS = weakref.WeakKeyDictionary()   # model: state of its weights, fingerprint
