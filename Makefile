@@ -33,8 +33,9 @@ docs: $(DEV)      ## the documentation site in _docs, links checked; by Quarto w
 docs-serve: docs  ## look at the site, at http://localhost:8000
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs 8000
 
-docs-test: $(DOCS) docs  ## in Chromium: click through the site, look at titles full of markup in JupyterLab
+docs-test: $(DOCS) docs  ## in Chromium: the site, the page of `corrnb serve`, titles full of markup in JupyterLab
 	@$(BIN)/python .ci/browser.py site
+	@$(BIN)/python .ci/browser.py page
 	@$(BIN)/python .ci/browser.py titles
 
 lab-test: $(DOCS) ## run notebooks in JupyterLab as a person would (NOTEBOOKS=all: the whole pipeline and library); needs Chromium

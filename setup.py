@@ -9,7 +9,7 @@ ini = ConfigParser()
 ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 readme = here/'README.md'
-extras = 'cpu', 'gpu', 'ray', 'tensorboard', 'mlflow', 'dev', 'docs'
+extras = 'cpu', 'gpu', 'api', 'ray', 'tensorboard', 'mlflow', 'dev', 'docs'
 notebooks = 'corrnb.stage_notebooks'  # a folder beside the modules of a wheel; editable installs read nbs/pipeline
 
 setup(
@@ -26,7 +26,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=[*find_packages(include=['corrnb*']), notebooks],
     package_dir={notebooks: 'nbs/pipeline'},
-    package_data={notebooks: ['*.ipynb', 'profiles/*.yaml'], cfg['lib_path']: ['py.typed']},
+    package_data={notebooks: ['*.ipynb', 'profiles/*.yaml'], cfg['lib_path']: ['py.typed', 'page.html']},
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in extras},
     entry_points={'console_scripts': cfg['console_scripts'].split(),

@@ -1,5 +1,6 @@
-"""Tests in a browser: `browser.py site` clicks through the documentation in _docs, `browser.py lab [NOTEBOOK ...]`
-works in JupyterLab, `browser.py titles` looks there at titles full of markup. `--pictures FOLDER` keeps what was seen.
+"""Tests in a browser: `browser.py site` clicks through the documentation in _docs, `browser.py page` asks on the page
+of `corrnb serve`, `browser.py lab [NOTEBOOK ...]` works in JupyterLab, `browser.py titles` looks there at titles full of
+markup. `--pictures FOLDER` keeps what was seen.
 Drives the system's Chromium with Playwright."""
 import argparse
 import functools
@@ -311,6 +312,69 @@ def test_titles(pictures=None):
     print(f"in {', '.join(seen)}, these are text:", *shown_as_text, sep='\n    ')
 
 
+@contextmanager
+def corrnb_serve(folder):
+    "The address of a server with the tiny model"
+    from corrnb.testing import toy_run
+    port, log = free_port(), folder/'log'
+    command = [sys.executable, '-m', 'corrnb', 'serve', '--model', str(toy_run(folder/'run')), '--port', str(port)]
+    env = os.environ | {'PYTHONPATH': str(root), 'MODEL_CACHE_DIR': str(folder/'cache')}
+    with log.open('w') as output: process = subprocess.Popen(command, stdout=output, stderr=output, env=env, cwd=folder)
+    try:
+        while 'running on' not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
+        yield f'http://127.0.0.1:{port}'
+    finally:
+        process.terminate()
+        process.wait()
+
+def ask_on_page(page, pictures=None):
+    "Two titles, then a list of contracts; what is wrong"
+    where = f'{page.viewport_size["width"]} px'
+    def picture(name):
+        if pictures: page.screenshot(path=Path(pictures)/f'{name}-{page.viewport_size["width"]}.png', full_page=True)
+    page.get_by_label('First contract').fill('Will it rain?')
+    page.get_by_label('Second contract').fill('will it RAIN?')
+    page.get_by_role('button', name='Forecast').click()
+    if 'same' not in page.get_by_role('alert').first.inner_text(): yield f'{where}: equal titles are not refused'
+    page.get_by_label('Second contract').fill('<img src=x onerror="document.title = 1"> by June?')
+    page.get_by_role('button', name='Forecast').click()
+    page.locator('#plot polygon').wait_for()
+    number = page.locator('#number').inner_text().replace('\u2212', '-')
+    if not -1 <= float(number) <= 1: yield f'{where}: the forecast is {number}'
+    if page.locator('#members tr').count() != 3: yield f'{where}: not every member has a line'
+    if not page.locator('#neighbours td.figure').count(): yield f'{where}: no similar pairs'
+    picture('pair')
+    page.get_by_role('tab', name='A list of contracts').click()
+    titles = ['Will <b>gold</b> rise?', '=1+1', *(f'Will it rain in town {i}?' for i in range(18))]
+    page.get_by_label('Contracts, one on a line').fill('\n'.join(titles))
+    page.get_by_role('button', name='Matrix').click()
+    page.get_by_role('button', name='Download CSV').wait_for()
+    page.locator('#map').hover(position=dict(x=60, y=60))
+    if '|' not in page.locator('#cell').inner_text(): yield f'{where}: pointing at the matrix says nothing'
+    with page.expect_download() as download: page.get_by_role('button', name='Download CSV').click()
+    lines = Path(download.value.path()).read_text().splitlines()
+    if len(lines) != 21 or not lines[2].startswith('"\'=1+1",'): yield f'{where}: the CSV file is not the matrix'
+    picture('book')
+    if (wide := page.evaluate(LAYOUT)['wide']) > 1: yield f'{where}: wider than the window by {wide} px'
+    if page.title() != 'corrnb' or page.locator('main img, body img').count(): yield f'{where}: a title became markup'
+
+def test_page(pictures=None):
+    "The page of `corrnb serve`, on a desk and on a phone"
+    errors, problems = [], []
+    with tempfile.TemporaryDirectory() as folder, corrnb_serve(Path(folder)) as url, chromium() as browser:
+        for size in (WIDE, NARROW):
+            page = new_page(browser, size, errors)
+            asked = []
+            page.on('request', lambda r: asked.append(r.url))
+            page.goto(url)
+            problems += ask_on_page(page, pictures)
+            problems += [f'asked {a}' for a in asked if not a.startswith((url, 'blob:'))]
+            print(f"{size['width']} px: two titles and a list were asked, in {len(asked)} requests")
+    assert not problems + errors, '\n'.join(problems + errors)
+
+
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
     sub = parser.add_subparsers(dest='test', required=True)
@@ -318,9 +382,12 @@ if __name__ == '__main__':
     lab.add_argument('notebooks', nargs='*', metavar='NOTEBOOK',
                      help=f"to run, relative to nbs, or 'all' of pipeline and library (default: {' '.join(SHORT)})")
     titles = sub.add_parser('titles', help='look at titles full of markup in JupyterLab')
-    for p in (site, lab, titles): p.add_argument('--pictures', metavar='FOLDER', help='keep pictures of what was seen')
+    page = sub.add_parser('page', help='ask on the page of `corrnb serve`')
+    for p in (site, lab, titles, page):
+        p.add_argument('--pictures', metavar='FOLDER', help='keep pictures of what was seen')
     args = vars(parser.parse_args())
     if args['pictures']: Path(args['pictures']).mkdir(parents=True, exist_ok=True)
-    try: dict(site=test_site, lab=test_lab, titles=test_titles)[args.pop('test')](**args)
+    tests = dict(site=test_site, lab=test_lab, titles=test_titles, page=test_page)
+    try: tests[args.pop('test')](**args)
     except AssertionError as e: sys.exit(f'FAILED {e}')
     print('ok')

@@ -48,8 +48,10 @@ def test_no_checkout_in_sight(installed):
     "What runs is the wheel's, and the help knows commands and parameters"
     where = installed.python('import corrnb; print(corrnb.__file__)').strip()
     assert where.startswith(str(installed.venv)), where
+    assert 'page.html' in {p.name for p in installed.files}, 'the page of `corrnb serve` is missing'
     help = installed.corrnb('--help')
-    assert all(command in help for command in ('run', 'predict', 'sweep', 'compare', 'label', 'notebooks')), help
+    commands = 'run', 'predict', 'serve', 'sweep', 'compare', 'label', 'notebooks'
+    assert all(command in help for command in commands), help
     assert 'regression_loss_weight' in installed.corrnb('run', '--help')
 
 @pytest.mark.seconds(40)

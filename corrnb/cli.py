@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Profile', 'Pairs', 'Contracts', 'Prices', 'Target', 'Name', 'Fresh', 'Keep', 'Parameter', 'Runs', 'Verbose',
-           'Notebooks', 'TimeColumn', 'PriceColumn', 'ContractColumn', 'Unit', 'TimeUnit', 'Model', 'join_pairs',
-           'main']
+           'Notebooks', 'TimeColumn', 'PriceColumn', 'ContractColumn', 'Unit', 'TimeUnit', 'Model', 'Fast', 'Rank',
+           'join_pairs', 'main']
 
 # %% ../nbs/36_cli.ipynb #99de8972
 import os
@@ -19,6 +19,7 @@ from typer.core import TyperCommand
 
 import corrnb
 from .config import Settings
+from .files import atomic_write
 from .parameters import PARAMETERS, ParameterError, PipelineError, RunConfig, parameters_cell
 
 # %% ../nbs/36_cli.ipynb #67c1842a
@@ -47,7 +48,7 @@ class _Settable(TyperCommand):
         lines = parameters_cell(PARAMETERS, RunConfig()).split('\n')[1:]
         formatter.write('\n'.join(['\nParameters (-p), with their defaults:', *(f'  {line}' for line in lines), '']))
 
-# %% ../nbs/36_cli.ipynb #cf325945
+# %% ../nbs/36_cli.ipynb #4227b025
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 def _option(kind, metavar: str|None, help: str): return Annotated[kind|None, typer.Option(metavar=metavar, help=help)]
@@ -118,21 +119,6 @@ def _compare(
     from corrnb.sweeps import compare_sweep, find_sweep
     compare_sweep(find_sweep(sweep, runs_dir), verbose, notebooks)
 
-@app.command('predict')
-def _predict(
-    title_a: Annotated[str, typer.Argument(metavar='TITLE_A', help='title of a contract')],
-    title_b: Annotated[str, typer.Argument(metavar='TITLE_B', help='and of another one')],
-    model: Model = None, json: _flag('--json', 'print the answer as JSON') = False,
-    explain: _flag('--explain', 'let the model write its reasons, too') = False,
-    runs_dir: Runs = 'runs', verbose: Verbose = False
-):
-    "how strongly do two contracts move together?"
-    from corrnb.pipeline import find_run
-    folder = find_run(model, runs_dir)
-    from corrnb.inference import CorrelationPredictor  # loads torch
-    prediction = CorrelationPredictor.from_run(folder).predict(title_a, title_b, explain=explain)
-    print(prediction.answer.to_json() if json else prediction)
-
 @app.command('notebooks')
 def _notebooks(
     folder: Annotated[str, typer.Argument(metavar='DIR', help='folder to make')], profile: Profile = 'quick',
@@ -187,7 +173,117 @@ def _inspect(
     page = inspect_prices(prices, contracts, time_column, price_column, contract_column, unit, time_unit)
     print(*page.lines, f'Page: {page.save(out)}', sep='\n')
 
-# %% ../nbs/36_cli.ipynb #c57c7f49
+# %% ../nbs/36_cli.ipynb #5e77ee02
+def _forecast_file(folder, pairs: str, out: str|None, members: str|None, strict: bool, **machines):
+    "Forecasts of many pairs, written where `out` says"
+    if out is None: raise ParameterError('--pairs needs --out: a .csv or .parquet file, database, or the URL of one')
+    from corrnb.blocks import predict_pairs  # loads torch
+    asked = members and members.split(',')
+    print(predict_pairs(folder, pairs, out, asked, strict, **machines))
+
+@app.command('predict')
+def _predict(
+    titles: Annotated[tuple[str, str]|None, typer.Argument(metavar='TITLE_A TITLE_B', help='of two contracts')] = None,
+    model: Model = None, json: _flag('--json', 'print the answer as JSON') = False,
+    explain: _flag('--explain', 'let the model write its reasons, too') = False,
+    pairs: _option(str, 'FILE', "many pairs: a .csv or .parquet file, 'database', or the URL of one") = None,
+    out: _option(str, 'FILE', 'where their forecasts go: the same') = None,
+    members: _option(str, 'NAMES', 'ask only these members, such as gp,neighbours') = None,
+    strict: _flag('--strict', 'stop where a pair cannot be used, instead of listing it in a file') = False,
+    workers: Annotated[int, typer.Option(metavar='N', help='more than one: actors of Ray')] = 1,
+    gpus: Annotated[float, typer.Option(metavar='X', help='of each of these')] = 0,
+    runs_dir: Runs = 'runs', verbose: Verbose = False
+):
+    "how strongly do two contracts move together? Or all pairs of a file"
+    from corrnb.pipeline import find_run
+    if (titles is None) == (pairs is None): raise ParameterError('predict takes two titles, or --pairs and --out')
+    folder = find_run(model, runs_dir)
+    if pairs is not None: return _forecast_file(folder, pairs, out, members, strict, workers=workers, gpus=gpus)
+    from corrnb.inference import CorrelationPredictor  # loads torch
+    prediction = CorrelationPredictor.from_run(folder).predict(*titles, explain=explain)
+    print(prediction.answer.to_json() if json else prediction)
+
+# %% ../nbs/36_cli.ipynb #5e77ee04
+@app.command('serve')
+def _serve(
+    model: Model = None, host: Annotated[str, typer.Option(metavar='ADDRESS', help='to listen at')] = '127.0.0.1',
+    port: Annotated[int, typer.Option(metavar='N')] = 8000,
+    timeout: Annotated[float, typer.Option(metavar='SECONDS', help='limit of a request', min=1)] = 60,
+    queue: Annotated[int, typer.Option(metavar='N', help='pairs that may wait, then: come again', min=1)] = 512,
+    runs_dir: Runs = 'runs', verbose: Verbose = False
+):
+    "answer over HTTP, with a page to try it; API_KEY in the environment is the key that is asked for"
+    from corrnb.pipeline import find_run
+    folder = find_run(model, runs_dir)
+    from corrnb.api import serve  # loads torch and FastAPI
+    serve(folder, host, port, queue, timeout)
+
+# %% ../nbs/36_cli.ipynb #b00c0002
+Fast = _flag('--fast', 'by the Gaussian process alone, without the language model')
+Rank = Literal['correlation', 'probability']
+
+@app.command('related')
+def _related(
+    title: Annotated[str, typer.Argument(metavar='TITLE', help='title of a contract')],
+    k: Annotated[int, typer.Option('--k', metavar='N', help='questions listed at most', min=1)] = 20,
+    universe: _option(str, 'FILE', 'contracts to look among (default: those of the known pairs)') = None,
+    floor: _option(float, 'X', 'least absolute expected correlation (default: 0.25)') = None,
+    by: _option(Rank, None, 'rank by its size, or the probability of passing --threshold') = None,
+    threshold: _option(float, 'X', 'of the absolute correlation (default: 0.5)') = None,
+    other_events: _flag('--other-events', "leave out the contract's own event") = False,
+    fast: Fast = False, out: _option(str, 'FILE', 'a .csv file for the list') = None,
+    model: Model = None, runs_dir: Runs = 'runs', verbose: Verbose = False
+):
+    "which contracts move with this one?"
+    from corrnb.pipeline import find_run
+    folder = find_run(model, runs_dir)
+    from corrnb.bounds import read_quoted  # loads torch
+    from corrnb.inference import CorrelationPredictor
+    from corrnb.related import related
+    among = None if universe is None else read_quoted(universe)
+    given = {n: v for n, v in dict(floor=floor, by=by, threshold=threshold).items() if v is not None}
+    predictor = CorrelationPredictor.from_run(folder)
+    found = related(predictor, title, k, among, other_events=other_events, rescore=not fast, **given)
+    if out is not None: atomic_write(out, found.table.to_csv(index=False))
+    print(found)
+
+@app.command('matrix')
+def _matrix(
+    contracts: Annotated[str, typer.Argument(metavar='FILE', help='contracts: a .csv or .parquet file with titles')],
+    out: Annotated[str, typer.Option(metavar='FILE', help='where the matrix goes')] = 'matrix.csv',
+    cells: _option(str, 'FILE', 'a .csv file for the pairs: forecast, error, value in the matrix, correction') = None,
+    plot: _option(str, 'FILE', 'a .png, .svg or .pdf file for the heat map') = None,
+    measured: _option(str, 'FILE', 'measured pairs (`corrnb label --out`) that replace forecasts') = None,
+    fast: Fast = False, model: Model = None, runs_dir: Runs = 'runs', verbose: Verbose = False
+):
+    "the correlation matrix of a book of contracts"
+    from corrnb.pipeline import find_run
+    folder = find_run(model, runs_dir)
+    from corrnb.book import make_book  # loads torch
+    from corrnb.bounds import read_quoted
+    from corrnb.data import read_file
+    from corrnb.inference import CorrelationPredictor
+    listed, labels = read_quoted(contracts), None if measured is None else read_file(measured)
+    book = make_book(CorrelationPredictor.from_run(folder), listed, labels, not fast, progress=True)
+    atomic_write(out, book.frame.to_csv())
+    if cells is not None: atomic_write(cells, book.cells().to_csv(index=False))
+    if plot is not None: book.plot().figure.savefig(plot)
+    print(f'{book}\nMatrix: {out}')
+
+@app.command('contradictions')
+def _contradictions(
+    contracts: Annotated[str, typer.Argument(metavar='FILE', help='contracts with bid and ask, or price')],
+    out: _option(str, 'FILE', 'a .csv file for the list') = None, verbose: Verbose = False
+):
+    "which prices contradict each other, after bid and ask?"
+    from corrnb.bounds import contradictions, contradictions_text, read_quoted  # loads torch
+    listed = read_quoted(contracts)
+    found = contradictions(listed)
+    lists = {c: found[c].map(' | '.join) for c in ('contracts', 'prices')}
+    if out is not None: atomic_write(out, found.assign(**lists).to_csv(index=False))
+    print(contradictions_text(found, len(listed)))
+
+# %% ../nbs/36_cli.ipynb #1b5e78aa
 def _version(wanted: bool):
     if not wanted: return
     print(f'corrnb {corrnb.__version__}')

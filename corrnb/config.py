@@ -52,6 +52,7 @@ class Settings(BaseSettings):
     PGSSLROOTCERT: str|None = None   # file with the certificate to trust
     HF_TOKEN: SecretStr|None = None  # for gated models such as Llama 3.1
     DATABASE_URL: SecretStr|None = None  # any SQLAlchemy URL; wins over PG*
+    API_KEY: SecretStr|None = None       # that `corrnb serve` asks for
     MODEL_NAME: str = 'meta-llama/Llama-3.1-8B-Instruct'
     # unpacked weights, vectors of contracts
     MODEL_CACHE_DIR: Annotated[Path, AfterValidator(Path.expanduser)] = Path.home()/'.cache'/'corrnb'
@@ -82,7 +83,7 @@ class Settings(BaseSettings):
 
     def secrets(self) -> list[str]:
         "Every secret value in use, for scrubbing it from messages"
-        fields = [self.PGPASSWORD, self.HF_TOKEN, self.DATABASE_URL]
+        fields = [self.PGPASSWORD, self.HF_TOKEN, self.DATABASE_URL, self.API_KEY]
         values = {f.get_secret_value() for f in fields if f is not None} | url_secrets(self.database_url)
         return sorted((v for v in values if v), key=len, reverse=True)
 def url_secrets(url: URL) -> set[str]:

@@ -6,8 +6,8 @@
 __all__ = ['MAX_TEXT', 'SIDES', 'TITLES', 'ROUNDING', 'EPOCH_UNITS', 'NAME', 'TEXT', 'JSON', 'NUMBER', 'TIMESTAMP', 'INTEGER',
            'BOOLEAN', 'BLOCK', 'GROUP_MARK', 'GROUPED', 'NO_NUMBER', 'CONTRACT_FIELDS', 'clean_text', 'text_key',
            'pair_key', 'map_unique', 'add_pair_keys', 'PairError', 'epoch_unit', 'Kind', 'column_kinds', 'read_column',
-           'check_rows', 'counted', 'plain_numbers', 'check_pairs', 'check_table', 'decimal_commas', 'read_file',
-           'read_pairs', 'import_file']
+           'find_problems', 'check_rows', 'counted', 'plain_numbers', 'check_pairs', 'check_table', 'decimal_commas',
+           'read_file', 'file_blocks', 'file_rows', 'read_pairs', 'import_file']
 
 # %% ../nbs/03_data.ipynb #93c63e09
 import csv
@@ -18,6 +18,8 @@ import re
 import reprlib
 import unicodedata
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +27,7 @@ from typing import Annotated, Any, Callable, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import sqlalchemy as sa
 from pydantic import BeforeValidator, Field, FiniteFloat, TypeAdapter, ValidationError
 
@@ -221,13 +224,13 @@ def _repeated(keys: pd.DataFrame) -> dict:  # the reason for each row where that
     return {i: f'the {" and ".join(keys)} is already used in row {first[i]}' for i in keys.index[twice]}
 
 # %% ../nbs/03_data.ipynb #4b386d53
-def check_rows(
+def find_problems(
     frame: pd.DataFrame,     # its index counts the rows
     kinds: dict[str, Kind],  # of the columns that are read, if they are there
-    needed: list[str],       # names of those that must be there and may not be empty
-    key: list[str]           # names of those that no two rows share; the first one names a row in an error
-) -> pd.DataFrame:  # with the columns as they are read
-    "The frame ready for use, or one `PairError` with all problems of all rows"
+    needed: list[str],       # names of those that must be there (else `PairError`) and may not be empty
+    key: list[str]           # names of those that no two rows share
+) -> tuple[pd.DataFrame, list[tuple[int, str]]]:  # with the columns as they are read; rows and reasons, in order
+    "The frame as it is read, and what is wrong with which rows"
     _need(frame, needed)
     values, problems = {}, []
     for c in [c for c in kinds if c in frame]:
@@ -238,9 +241,16 @@ def check_rows(
     read = pd.DataFrame(values)
     problems += _self_pairs(read).items()
     if key: problems += _repeated(read[key]).items()
-    if not problems: return frame.assign(**values).reset_index(drop=True)
+    return frame.assign(**values), sorted(problems, key=lambda p: p[0])
+
+def check_rows(
+    frame: pd.DataFrame, kinds: dict[str, Kind], needed: list[str], key: list[str]  # as of `find_problems`
+) -> pd.DataFrame:  # with the columns as they are read
+    "The frame ready for use, or one `PairError` with all problems of all rows; the first of `key` names them"
+    read, problems = find_problems(frame, kinds, needed, key)
+    if not problems: return read.reset_index(drop=True)
     names = {i: f' ({key[0]} {None if pd.isna(v) else str(v)[:60]})' for i, v in read[key[0]].items()} if key else {}
-    lines = [f'row {i + 1}{names.get(i, "")}: {reason}' for i, reason in sorted(problems, key=lambda p: p[0])]
+    lines = [f'row {i + 1}{names.get(i, "")}: {reason}' for i, reason in problems]
     raise PairError(lines, f'{counted(len(lines), "problem")} in {counted(len(frame), "row")}:')
 
 def _cut_long(texts: pd.Series) -> pd.Series:
@@ -369,20 +379,25 @@ def check_table(
     return checked[[c for c in kinds if c in frame]]
 
 # %% ../nbs/03_data.ipynb #07c64888
-def _read_csv(path: Path) -> pd.DataFrame:
-    "A CSV file in UTF-8, which may be compressed"
+def _csv_options(path: Path) -> dict:
+    "How to read a CSV file in UTF-8, which may be compressed"
     open_text = gzip.open if path.suffix.lower() == '.gz' else open
     with open_text(path, 'rt', encoding='utf-8-sig') as f: header = f.readline()
     sep = max(',;\t', key=header.count)
     names = [n.strip() for n in next(csv.reader([header], delimiter=sep), [])]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice: raise ValueError(f'two columns are called {", ".join(twice)}')
+    return dict(sep=sep, encoding='utf-8-sig', na_values=[''], keep_default_na=False, index_col=False)
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    "A CSV file in UTF-8, which may be compressed"
+    options = _csv_options(path)
+    sep = options['sep']
     kinds = column_kinds(ContractCorrelation) | column_kinds(Contract)
     text = {c: str for c, kind in kinds.items() if kind in (NAME, TEXT)}
     with warnings.catch_warnings():
         warnings.simplefilter('error', pd.errors.ParserWarning)
-        frame = pd.read_csv(path, sep=sep, decimal=',' if sep == ';' else '.', encoding='utf-8-sig', dtype=text,
-                            na_values=[''], keep_default_na=False, index_col=False, low_memory=False)
+        frame = pd.read_csv(path, decimal=',' if sep == ';' else '.', dtype=text, low_memory=False, **options)
     words = [c for c in frame.select_dtypes(['object', 'string']) if c not in text]
     if sep == ';':
         numbers = [c for c in words if c in kinds and kinds[c].dtype in (float, 'Int64')]
@@ -408,20 +423,48 @@ def _from_index(frame: pd.DataFrame) -> pd.DataFrame:
     named = [n for n in frame.index.names if n is not None and n not in frame.columns]
     return frame.reset_index(level=named) if named else frame
 
-def read_file(path: str|Path) -> pd.DataFrame:
-    "A table from a .csv, .csv.gz or .parquet file; `PairError` if it cannot be read"
+@contextmanager
+def _reading(path: str|Path) -> Iterator[bool]:  # is it Parquet?
+    "`PairError` where a .csv, .csv.gz or .parquet file cannot be read"
     name = Path(path).name.lower()
     if not name.endswith(('.csv', '.csv.gz', '.parquet')):
         raise PairError([f'{path}: only .csv, .csv.gz and .parquet files can be read'])
-    try: frame = _from_index(pd.read_parquet(path)) if name.endswith('.parquet') else _read_csv(Path(path))
+    try: yield name.endswith('.parquet')
+    except PairError: raise
     except UnicodeDecodeError as e:
         raise PairError([f'{path} is not UTF-8 text (at byte {e.start}): save it as CSV UTF-8']) from e
     except (ValueError, EOFError, gzip.BadGzipFile, pd.errors.ParserWarning) as e:
         torn = isinstance(e, (pd.errors.ParserError, pd.errors.ParserWarning))
         hint = ' (titles that hold the separator need quotes)' if torn else ''
         raise PairError([f'{path} cannot be read: {" ".join(str(e).split())}{hint}']) from e
+
+def read_file(path: str|Path) -> pd.DataFrame:
+    "A table from a .csv, .csv.gz or .parquet file; `PairError` if it cannot be read"
+    with _reading(path) as is_parquet:
+        frame = _from_index(pd.read_parquet(path)) if is_parquet else _read_csv(Path(path))
     frame = frame.astype({c: object for c in frame.select_dtypes('category')})
     return frame.rename(columns=lambda c: str(c).strip())
+
+# %% ../nbs/03_data.ipynb #b10c4ad5
+def file_blocks(
+    path: str|Path,  # .csv, .csv.gz or .parquet
+    rows: int        # of a block
+) -> Iterator[pd.DataFrame]:  # the index counts the rows of the file
+    "A table in blocks; `PairError` if it cannot be read"
+    with _reading(path) as is_parquet, warnings.catch_warnings():
+        warnings.simplefilter('error', pd.errors.ParserWarning)
+        if is_parquet: blocks = (b.to_pandas() for b in pq.ParquetFile(path).iter_batches(rows))
+        else: blocks = pd.read_csv(path, dtype=str, chunksize=rows, **_csv_options(Path(path)))
+        start = 0
+        for block in blocks:
+            block = _from_index(block).rename(columns=lambda c: str(c).strip())
+            yield block.set_axis(range(start, start + len(block)))
+            start += len(block)
+
+def file_rows(path: str|Path) -> int:
+    "Number of rows of such a file"
+    with _reading(path) as is_parquet: return pq.read_metadata(path).num_rows if is_parquet else sum(
+        map(len, pd.read_csv(path, dtype=str, usecols=[0], chunksize=100_000, **_csv_options(Path(path)))))
 
 # %% ../nbs/03_data.ipynb #fae64652
 def _add_contracts(pairs: pd.DataFrame, contracts: str|Path) -> pd.DataFrame:

@@ -66,6 +66,7 @@ class Views:
         self.centers = [v.mean(0) for v in embed(np.unique(_texts(contracts)), self.layers)] if embed and layers else []
         self.columns = [f for f in FIELDS[2:5] if f in contracts and contracts[f].nunique() > 1]
         self.dates = 'close_date' in contracts and contracts.close_date.nunique() > 1
+        self.middle = self._days(contracts).median()   # of the known closing dates
         self.texts = [f'layer {layer}' for layer in self.layers] + ['words', 'characters']
         self.names = self.texts + self.columns + ['close_date']*self.dates
 
@@ -75,14 +76,14 @@ class Views:
         states = self.embed(texts, self.layers) if self.embed and self.layers else []
         found = [normalize(v, c)[where] for v, c in zip(states, self.centers)]
         found += [w.transform(contracts.title) for w in self.words]
-        return found + [self._column(contracts, f) for f in self.columns] + [self._days(contracts)]*self.dates
+        days = self._days(contracts).fillna(self.middle).fillna(0).to_numpy()
+        return found + [self._column(contracts, f) for f in self.columns] + [days]*self.dates
 
     def _column(self, contracts, name): return contracts.get(name, pd.Series('', contracts.index)).to_numpy(str)
 
-    def _days(self, contracts) -> np.ndarray:  # since 1970; unknown: as the middle one
+    def _days(self, contracts) -> pd.Series:  # since 1970; NaN: unknown
         dates = pd.to_datetime(self._column(contracts, 'close_date'), utc=True, errors='coerce', format='ISO8601')
-        days = pd.Series((dates - pd.Timestamp(0, tz='UTC'))/pd.Timedelta(days=1))
-        return days.fillna(days.median()).fillna(0).to_numpy()
+        return pd.Series((dates - pd.Timestamp(0, tz='UTC'))/pd.Timedelta(days=1))
 
     def _apart(self, view: int, cosine, x, y) -> np.ndarray:  # of texts by their cosines, else of words or days
         if view < len(self.texts): return (1 - np.asarray(cosine(x, y))).clip(0)

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TEXT_DTYPE', 'UtcDateTime', 'Base', 'ContractCorrelation', 'Contract', 'ContractPrice', 'make_engine',
            'create_tables', 'write_frame', 'new_keys', 'read_table', 'read_pairs_table', 'read_contracts_table',
-           'read_prices_table']
+           'read_prices_table', 'count_rows', 'table_blocks']
 
 # %% ../nbs/02_schema.ipynb #cbcf80e3
 import json
 import os
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from functools import wraps
 from pathlib import Path
@@ -202,9 +203,12 @@ def _clear_errors(f):
 
 # %% ../nbs/02_schema.ipynb #ce99966a
 @_clear_errors
-def create_tables(engine: sa.Engine):
+def create_tables(
+    engine: sa.Engine,
+    *tables: type[Base]   # none: all
+):
     "Create the tables of corrnb that do not exist yet; existing ones are left as they are"
-    Base.metadata.create_all(engine)
+    Base.metadata.create_all(engine, [t.__table__ for t in tables] or None)
 
 # %% ../nbs/02_schema.ipynb #3eb36bec
 _BATCH = 10_000  # rows read or written at a time
@@ -310,7 +314,8 @@ def read_table(
     table: type[Base],    # `ContractCorrelation`, `Contract` or `ContractPrice`
     required: list[str],  # `LookupError` naming those that are missing
     extra: tuple = (),    # further columns to read if they exist
-    where=None            # an SQL condition
+    where=None,           # an SQL condition
+    limit: int|None=None  # most rows; None: all
 ) -> pd.DataFrame:  # sorted by primary key
     "The known columns of a table that exist, as plain pandas types"
     t = table.__table__
@@ -321,7 +326,8 @@ def read_table(
     kinds = {c: t.c[c].type if c in t.c else None for c in names}
     as_text = [c for c in names if isinstance(kinds[c], (sa.Text, sa.JSON))]
     selected = [sa.cast(sa.column(c), sa.Text).label(c) if c in as_text else sa.column(c) for c in names]
-    query = sa.select(*selected).select_from(sa.table(t.name)).order_by(*[sa.column(c.name) for c in t.primary_key])
+    source = sa.table(t.name, *[sa.column(c.name) for c in t.primary_key])
+    query = sa.select(*selected).select_from(source).order_by(*source.c).limit(limit)   # by the key, not by its text
     if where is not None: query = query.where(where)
     try:
         with engine.connect() as connection:
@@ -357,3 +363,25 @@ def read_contracts_table(engine: sa.Engine) -> pd.DataFrame:  # sorted by contra
 def read_prices_table(engine: sa.Engine) -> pd.DataFrame:  # contract_id, ts (UTC), price, sorted by contract and time
     "The table `contract_prices`"
     return read_table(engine, ContractPrice, ['contract_id', 'ts', 'price'])
+
+# %% ../nbs/02_schema.ipynb #b10c4ad1
+@_clear_errors
+def count_rows(engine: sa.Engine, table: type[Base]) -> int:
+    "Rows of a table; `LookupError` if there is none"
+    _column_names(engine, table.__tablename__)
+    with engine.connect() as connection:
+        return connection.scalar(sa.select(sa.func.count()).select_from(sa.table(table.__tablename__)))
+
+def table_blocks(
+    engine: sa.Engine,
+    table: type[Base],    # with a primary key of one column
+    required: list[str],  # as of `read_table`
+    rows: int,            # of a block
+    extra: tuple = ()     # as of `read_table`
+) -> Iterator[pd.DataFrame]:
+    "What `read_table` gives, in blocks"
+    key, where = next(iter(table.__table__.primary_key)).name, None
+    while len(block := read_table(engine, table, required, extra, where, rows)):
+        yield block
+        kind = next(c['type'] for c in sa.inspect(engine).get_columns(table.__tablename__) if c['name'] == key)
+        where = sa.column(key) > sa.cast(sa.literal(block[key].iloc[-1]), kind)

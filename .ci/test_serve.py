@@ -1,0 +1,112 @@
+"`corrnb serve` as a process: many clients, killed and started again, told to stop; what its document promises"
+import concurrent.futures
+import os
+import re
+import signal
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import httpx
+import psutil
+import pytest
+from browser import free_port
+from project import bin, call, env
+
+pytestmark = pytest.mark.xdist_group('serve')
+KEY = 'k3y-0f-the-tests'
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    "A run folder with the tiny model, and a port"
+    from corrnb.testing import toy_run
+    folder = tmp_path_factory.mktemp('serve')
+    return SimpleNamespace(folder=folder, run=toy_run(folder/'run'), port=free_port(), log=folder/'log')
+
+@contextmanager
+def started(place, *options):
+    "A server: the process, and a client with its key; it is dead behind the block"
+    command = [str(bin/'corrnb'), 'serve', '--model', str(place.run), '--port', str(place.port), *options]
+    own = env | {'API_KEY': KEY, 'MODEL_CACHE_DIR': str(place.folder/'cache')}
+    limits = httpx.Limits(max_connections=50)
+    with place.log.open('a') as log, httpx.Client(base_url=f'http://127.0.0.1:{place.port}', timeout=60, limits=limits,
+                                                  headers={'X-API-Key': KEY}) as client:
+        process = psutil.Popen(command, cwd=place.folder, env=own, stdout=log, stderr=log)
+        try:
+            while not answers(client):
+                assert process.poll() is None, place.log.read_text()
+                time.sleep(0.1)
+            yield process, client
+        finally:
+            if process.poll() is None: process.kill()
+            process.wait()
+
+def answers(client):
+    "Does anybody listen?"
+    try: return client.get('/health').status_code == 200
+    except httpx.TransportError: return False
+
+def question(i): return dict(contract_a=f'Will it rain in town {i}?', contract_b='Will gold rise?')
+
+def predict(client, i): return client.post('/predict-correlation', json=question(i))
+
+def waiting(client):
+    "Questions in the server's queue"
+    return float(re.search(r'(?m)^corrnb_queue_length (.*)', client.get('/metrics').text)[1])
+
+def wait_for_queue(client, n):
+    "Wait until so many questions were accepted"
+    end = time.time() + 30
+    while waiting(client) < n: assert time.time() < end, 'the questions did not arrive'
+
+def many_clients(client, clients):
+    "Sixteen clients get what a single one gets, in shared passes"
+    found = [*clients.map(lambda i: predict(client, i), range(160))]
+    assert {r.status_code for r in found} == {200}
+    alone = [predict(client, i).json()['underlying_correlation'] for i in range(0, 160, 16)]
+    gaps = [abs(r.json()['underlying_correlation'] - x) for r, x in zip(found[::16], alone)]
+    assert max(gaps) <= 1e-4, f'answered together, a forecast differs by {max(gaps):.2g}'
+    batches = re.search(r'(?m)^corrnb_batch_size_count (.*)', client.get('/metrics').text)[1]
+    assert float(batches) < 120, f'170 questions were answered in {batches} passes: none shared'
+    return alone[0]
+
+def several(client, clients, requests):
+    "Requests of 40 pairs each, accepted and not answered yet"
+    batches = [dict(pairs=[question(100*j + i) for i in range(40)]) for j in range(requests)]
+    pending = [clients.submit(client.post, '/predict-correlations', json=batch) for batch in batches]
+    wait_for_queue(client, 40*requests)
+    return pending
+
+def document_holds(place, client):
+    "Schemathesis finds nothing in what /openapi.json promises"
+    # that two titles are the same, or a date is none, is more than a schema can say
+    checks = '--exclude-checks', 'positive_data_acceptance'
+    options = '-H', f'X-API-Key: {KEY}', '--max-examples', '8', '--phases', 'examples,fuzzing'
+    call(bin/'schemathesis', 'run', f'{client.base_url}/openapi.json', *options, *checks, cwd=place.folder)
+    assert client.get('/ready', params=dict(key=KEY), headers={'X-API-Key': 'other'}).status_code == 401
+
+@pytest.mark.seconds(45)
+def test_server(place):
+    "Killed while it answers many and begun again, it answers; told to stop, it answers what it has accepted"
+    with started(place) as (process, client), concurrent.futures.ThreadPoolExecutor(16) as clients:
+        first = many_clients(client, clients)
+        pending = several(client, clients, 5)
+        process.kill()
+        lost = [p for p in pending if isinstance(p.exception(), httpx.TransportError)]
+        assert lost, 'killed too late'
+    with started(place) as (process, client), concurrent.futures.ThreadPoolExecutor(16) as clients:
+        assert predict(client, 0).json()['underlying_correlation'] == first
+        document_holds(place, client)
+        pending = several(client, clients, 8)
+        process.send_signal(signal.SIGTERM)
+        assert {p.result().status_code for p in pending} == {200}
+        process.wait(20)
+        assert not answers(client)
+    assert KEY not in place.log.read_text() and 'Traceback' not in place.log.read_text()
+
+@pytest.mark.seconds(10)
+def test_without_a_run(tmp_path):
+    "Without a trained run it says which command makes one"
+    with pytest.raises(AssertionError, match='`corrnb run --profile quick` makes one'):
+        call(bin/'corrnb', 'serve', cwd=tmp_path, more_env={'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '1')})
