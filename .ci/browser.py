@@ -1,6 +1,6 @@
 """Tests in a browser: `browser.py site` clicks through the documentation in _docs, `browser.py page` asks on the page
-of `corrnb serve`, `browser.py lab [NOTEBOOK ...]` works in JupyterLab, `browser.py titles` looks there at titles full of
-markup. `--pictures FOLDER` keeps what was seen.
+of `corrnb serve`, `browser.py lab [NOTEBOOK ...]` works in JupyterLab, `browser.py titles` looks there at titles full
+of markup. `--pictures FOLDER` keeps what was seen.
 Drives the system's Chromium with Playwright."""
 import argparse
 import functools

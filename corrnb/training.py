@@ -301,7 +301,8 @@ def make_trainer(
         bf16=not on_cpu and weights.dtype == torch.bfloat16,   # else the adapter computes in float32
         use_cpu=on_cpu, ddp_backend='gloo' if on_cpu and 'RANK' in os.environ else None,
         ddp_find_unused_parameters=False, dataloader_pin_memory=False, remove_unused_columns=False,
-        logging_steps=min(5, every), logging_nan_inf_filter=False, report_to='none')  # the filter would wait for the GPU
+        logging_steps=min(5, every), report_to='none',
+        logging_nan_inf_filter=False)   # it would wait for the GPU
     if validation is not None:
         own |= dict(eval_strategy='steps', eval_steps=every, per_device_eval_batch_size=8, load_best_model_at_end=True,
                     metric_for_best_model='crps', greater_is_better=False)

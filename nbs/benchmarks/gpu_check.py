@@ -18,7 +18,8 @@ import warnings
 from pathlib import Path
 
 TARGET = 'underlying_event_correlation'
-PROMPTS = ['Will rates rise? | Will gold fall?:\n', 'A | B: 0.34\nWill rates rise by June, after all? | Will it rain?:\n']
+PROMPTS = ['Will rates rise? | Will gold fall?:\n',
+           'A | B: 0.34\nWill rates rise by June, after all? | Will it rain?:\n']
 KINDS = dict(float32=1e-4, bfloat16=.02, float16=.02, nf4=.02)     # means against brute force in the same type
 
 

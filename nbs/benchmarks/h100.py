@@ -6,9 +6,9 @@ Parts run one after the other, each in a process of its own, the most important 
 merged, trl, whole, load. Every figure is printed and saved in RESULTS the moment it is measured. The same command again
 goes on with the steps that are missing. `check` says whether corrnb is right on this device (gpu_check.py). bf16 and
 trl make their weights on the GPU; the others read them from FOLDER (22 GB, made once; one in memory, such as /dev/shm,
-is the fastest). What cannot be measured because bitsandbytes, faiss or trl is missing becomes a line that says so. Texts are cut by Llama 3's tokenizer, a file of the
-package llama-models (pip install --no-deps llama-models). `--tiny`: a model of two layers, also on a CPU, to see that
-everything works.
+is the fastest). What cannot be measured because bitsandbytes, faiss or trl is missing becomes a line that says so.
+Texts are cut by Llama 3's tokenizer, a file of the package llama-models (pip install --no-deps llama-models). `--tiny`:
+a model of two layers, also on a CPU, to see that everything works.
 Random weights say nothing about accuracy, and speed does not depend on them.
 """
 import argparse
@@ -32,7 +32,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # what a figure should reach on one H100
-TARGETS = {'one query, p50, query': '<= 0.1 s', 'contracts embedded, query': '<= 5 s', 'rows evaluated, query': '<= 4 s',
+TARGETS = {'one query, p50, query': '<= 0.1 s', 'contracts embedded, query': '<= 5 s',
+           'rows evaluated, query': '<= 4 s',
            'hybrid training at 16 rows, nf4': '>= 6500 tokens/s',
            'hybrid / cross-entropy, time at 16 rows, nf4': '<= 1.1',
            'hybrid training at 16 rows, bf16': '>= 10000 tokens/s',
