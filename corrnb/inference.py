@@ -24,6 +24,7 @@ from peft import PeftModel
 from transformers import StoppingCriteria
 
 from .answers import AnswerDistribution, AnswerGrid, figure_png
+from .bounds import PRICED, pair_bounds, restrict
 from .config import Settings
 from .data import TITLES, PairError, add_pair_keys, check_pairs, text_key
 from .embeddings import FrozenBlocks, n_frozen
@@ -61,6 +62,7 @@ class Prediction:
     neighbours: list[dict] = field(default_factory=list)  # nearest first, with `value`
     reasoning: str|None = None
     members: dict[str, tuple] = field(default_factory=dict)  # weight and forecast of each member of the stack
+    possible: tuple[float, float]|None = None     # what prices leave, where the forecast is restricted to it
 
     @property
     def correlation(self) -> float: return min(1., max(-1., self.distribution.mean.item()))    # rounding may pass 1
@@ -87,6 +89,7 @@ class Prediction:
         lines = [f'{self.contract_a_title} | {self.contract_b_title}',
                  f'correlation {number}, 90 % in [{lo:.2f}, {hi:.2f}], confidence {self.confidence:.2f}']
         if self.relation.reason: lines.append(f'logic: {self.relation.reason}')
+        if self.possible: lines.append('prices leave [{:.2f}, {:.2f}]'.format(*self.possible))
         if self.members: lines.append('average of ' + ', '.join(map(_member, self.members.items())))
         lines.append('similar pairs, nearest first:' if self.neighbours else 'no similar pairs were used')
         for n in self.neighbours:
@@ -145,11 +148,13 @@ class CorrelationPredictor:
         members: Members|None=None,          # the others that the stack averages
         batch_tokens: int=4096,              # most tokens of a forward pass
         both_orders: bool=True,              # average (A, B) and (B, A); False: only in alphabetical order, faster
-        texts: ContractTexts=ContractTexts()  # what is read of a contract
+        texts: ContractTexts=ContractTexts(),  # what is read of a contract
+        target: str='underlying_event_correlation',  # what is predicted
+        bounded: bool=True  # leave out answers that prices exclude; only for the target named above
     ):
         self.model, self.grid, self.retriever, self.stack, self.members = model.eval(), grid, retriever, stack, members
         self.k, self.nearest_last, self.batch_tokens, self.both_orders = k, nearest_last, batch_tokens, both_orders
-        self.texts = texts
+        self.texts, self.bounded = texts, bounded and target == 'underlying_event_correlation'
         if retriever is not None and members is not None: retriever.ahead = members.gp.layers   # one pass for both
         self.asked: Asked|None = None   # what it is asked is remembered
 
@@ -194,7 +199,7 @@ def model_distribution(
 # %% ../nbs/25_inference.ipynb #e8f80887
 def _asked_rows(pairs) -> pd.DataFrame:
     "Pairs to predict as a frame with both titles and what else may be read; `PairError` names what is no pair"
-    read = [*dict.fromkeys(TITLES + [f'contract_{s}_{f}' for s in 'ab' for f in DETAILS] + RELATED)]
+    read = [*dict.fromkeys(TITLES + [f'contract_{s}_{f}' for s in 'ab' for f in DETAILS] + RELATED + PRICED)]
     if isinstance(pairs, pd.DataFrame): return pairs[[c for c in read if c in pairs]]
     pairs = [*pairs]
     wrong = [f'pair {i + 1} is {reprlib.repr(p)}: it should be two titles' for i, p in enumerate(pairs)
@@ -212,8 +217,12 @@ def predict_many(self: CorrelationPredictor, pairs, progress: bool=False) -> lis
     stack = self.stack if self.retriever is not None and self.members is not None and len(rows) else None
     if stack: forecasts |= self.members.forecasts(rows)
     dist = stack(forecasts) if stack else forecasts['language_model']
+    low, high = pair_bounds(rows) if self.bounded else np.full((2, len(rows)), np.nan)
+    dist = restrict(dist, low, high)
+    possible = [limits if limits[0] <= limits[1] else None for limits in zip(low.tolist(), high.tolist())]
     means = {n: (w, forecasts[n].mean.tolist()) for n, w in (stack.weights if stack else {}).items()}
-    return [Prediction(a, b, dist[i], near[i], members={n: (w, m[i]) for n, (w, m) in means.items()})
+    return [Prediction(a, b, dist[i], near[i], members={n: (w, m[i]) for n, (w, m) in means.items()},
+                       possible=possible[i])
             for i, (a, b) in enumerate(zip(*(rows[c] for c in TITLES)))]
 
 @patch
@@ -268,7 +277,7 @@ def from_folder(
     target: str|None=None,          # refuse a model that was trained for another column
     merge: bool=False,              # add the adapter to the weights of a second copy: faster, more memory
     known: Sequence[str]=('train', 'val', 'test'),  # sides whose rows the members of the stack know; (): no members
-    **options                       # batch_tokens and both_orders of the predictor
+    **options                       # batch_tokens, both_orders and bounded of the predictor
 ):
     "Load a trained folder; errors name what is missing or does not fit"
     facts = read_manifest(model_dir)
@@ -285,7 +294,8 @@ def from_folder(
     if index_dir: retriever = PairRetriever.load(index_dir, embedder, grid.tokenizer, cache)
     if retriever and stack and known: members = load_members(Path(model_dir)/'members', retriever, known)
     k, texts = facts.get('rag_top_k', Settings().RAG_TOP_K), ContractTexts(**facts.get('texts', {}))
-    return cls(model, grid, retriever, k, facts.get('nearest_last', True), stack, members, texts=texts, **options)
+    return cls(model, grid, retriever, k, facts.get('nearest_last', True), stack, members, texts=texts,
+               target=facts['target'], **options)
 
 @patch(cls_method=True)
 def from_run(cls: CorrelationPredictor, run_dir: str|Path, device: str|None=None, **options):
