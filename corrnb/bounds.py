@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXACT', 'ODDS', 'NAMES', 'PRICED', 'FLAGS', 'TICK', 'correlation_bounds', 'read_quote', 'restrict', 'pair_bounds',
-           'read_quoted', 'related_pairs', 'contradictions']
+           'check_contracts', 'read_quoted', 'related_pairs', 'contradictions']
 
 # %% ../nbs/40_bounds.ipynb #13768849
 import json
@@ -105,18 +105,24 @@ def pair_bounds(
 _PRICE = NUMBER._replace(type=Annotated[FiniteFloat, Field(ge=0, le=1)])
 FLAGS = ('neg_risk', 'neg_risk_augmented', 'mutually_exclusive')  # of an event
 
+def check_contracts(
+    frame: pd.DataFrame  # title; what else is known, prices and `FLAGS` under any of the usual names
+) -> pd.DataFrame:  # cleaned, with contract_id: without one the title is it
+    "Contracts ready for use, or one `PairError` with all their problems"
+    frame = frame.rename(columns=_price_columns(frame)).reset_index(drop=True)
+    if 'contract_id' not in frame and 'title' in frame: frame = frame.assign(contract_id=frame.title)
+    kinds = column_kinds(Contract) | {n: _PRICE for n in NAMES} | {f: BOOLEAN for f in FLAGS}
+    return check_rows(frame, kinds, ['title', 'contract_id'], ['contract_id'])
+
 def read_quoted(
     source: str|Path  # a file or folder as of `contracts.read_contracts`; prices are read from .csv and .parquet
-) -> pd.DataFrame:  # columns of the table of contracts, and bid, ask, price and `FLAGS` where they are
-    "Contracts with their prices; without ids their titles are these. `PairError` names what cannot be used"
+) -> pd.DataFrame:  # as from `check_contracts`
+    "Contracts with their prices; `PairError` names what cannot be used"
     if not str(source).lower().endswith(('.csv', '.csv.gz', '.parquet')): return read_contracts(source)
     frame, lines = recognize_rows(read_file(source))
     if frame is None: raise PairError([f'{source}: nothing describes contracts there (a title for each contract_id)'])
     if lines: print(*lines, sep='\n')
-    frame = frame.rename(columns=_price_columns(frame))
-    if 'contract_id' not in frame: frame = frame.assign(contract_id=frame.title)
-    kinds = column_kinds(Contract) | {n: _PRICE for n in NAMES} | {f: BOOLEAN for f in FLAGS}
-    try: return check_rows(frame, kinds, ['contract_id', 'title'], ['contract_id'])
+    try: return check_contracts(frame)
     except PairError as e: raise PairError([f'{source}: {e}']) from None
 
 def _price_columns(frame: pd.DataFrame) -> dict:  # its columns of prices and flags: their names here
