@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXACT', 'ODDS', 'NAMES', 'PRICED', 'FLAGS', 'TICK', 'correlation_bounds', 'read_quote', 'restrict', 'pair_bounds',
-           'check_contracts', 'read_quoted', 'related_pairs', 'contradictions']
+           'check_contracts', 'read_quoted', 'quotes', 'related_pairs', 'contradictions']
 
 # %% ../nbs/40_bounds.ipynb #13768849
 import json
@@ -110,9 +110,10 @@ def check_contracts(
 ) -> pd.DataFrame:  # cleaned, with contract_id: without one the title is it
     "Contracts ready for use, or one `PairError` with all their problems"
     frame = frame.rename(columns=_price_columns(frame)).reset_index(drop=True)
+    needed = ['title'] + [c for c in ['contract_id'] if c in frame]
     if 'contract_id' not in frame and 'title' in frame: frame = frame.assign(contract_id=frame.title)
     kinds = column_kinds(Contract) | {n: _PRICE for n in NAMES} | {f: BOOLEAN for f in FLAGS}
-    return check_rows(frame, kinds, ['title', 'contract_id'], ['contract_id'])
+    return check_rows(frame, kinds, needed, ['contract_id'])
 
 def read_quoted(
     source: str|Path  # a file or folder as of `contracts.read_contracts`; prices are read from .csv and .parquet
@@ -131,10 +132,11 @@ def _price_columns(frame: pd.DataFrame) -> dict:  # its columns of prices and fl
     found = {name: next((plain[n] for n in of if n in plain), None) for name, of in names.items()}
     return {column: name for name, column in found.items() if column}
 
-def _quotes(contracts: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:  # (n,) bids and asks, 0 and 1 where unknown
+def quotes(contracts: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:  # (n,) bids and asks; NaN where there is no price
+    "Ranges of prices, from the columns bid, ask and price"
     bid, ask, price = (contracts.get(n, pd.Series(np.nan, contracts.index)).to_numpy(float) for n in NAMES)
     alone = np.isnan(bid) & np.isnan(ask)
-    return np.nan_to_num(np.where(alone, price, bid), nan=0), np.nan_to_num(np.where(alone, price, ask), nan=1)
+    return np.where(alone, price, np.nan_to_num(bid, nan=0)), np.where(alone, price, np.nan_to_num(ask, nan=1))
 
 def related_pairs(
     contracts: pd.DataFrame  # title; event_id and close_date where known
@@ -187,7 +189,7 @@ def contradictions(
     contracts = contracts.reset_index(drop=True)
     if not contracts.reindex(columns=list(NAMES)).notna().any(axis=None):
         raise PairError(['no contract has a price: columns bid and ask, or price, are needed'])
-    bid, ask = _quotes(contracts)
+    bid, ask = (np.nan_to_num(x, nan=worst) for x, worst in zip(quotes(contracts), (0, 1)))
     pairs = related_pairs(contracts)
     crossed = [(bid[i] - ask[i], 'bid above ask', (i,), 'sell and buy', 'quote') for i in range(len(bid))]
     columns = ['by', 'rule', 'contracts', 'trade', 'reason']
@@ -195,5 +197,5 @@ def contradictions(
     parts += [_event_trades(contracts, pairs, bid, ask)]
     found = pd.concat([p.loc[p.by > TICK, columns] for p in parts]).sort_values('by', ascending=False, kind='stable')
     found = found.drop_duplicates(['contracts', 'trade'], ignore_index=True)   # an event of two is a pair
-    quotes = [[f'{bid[i]:.3g}/{ask[i]:.3g}' for i in of] for of in found.contracts]
-    return found.assign(contracts=[contracts.title[[*of]].tolist() for of in found.contracts], prices=quotes)
+    prices = [[f'{bid[i]:.3g}/{ask[i]:.3g}' for i in of] for of in found.contracts]
+    return found.assign(contracts=[contracts.title[[*of]].tolist() for of in found.contracts], prices=prices)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'BLOCK', 'NODES', 'WEIGHTS', 'pairs_of', 'correlation_moments', 'probability_beyond', 'gaussian_beyond',
-           'gp_of', 'moments_with', 'Related', 'known_contracts', 'related']
+           'gp_of', 'moments_with', 'forecasts', 'Related', 'known_contracts', 'related']
 
 # %% ../nbs/41_related.ipynb #26bec100
 import html
@@ -16,7 +16,7 @@ import torch
 from scipy.special import ndtr
 
 from .answers import AnswerDistribution
-from .bounds import NAMES, check_contracts
+from .bounds import NAMES, check_contracts, pair_bounds, restrict
 from .contracts import unique_titles
 from .data import PairError, clean_text, counted, text_key
 from .gp import GRID, PairGP, cells
@@ -82,6 +82,21 @@ def moments_with(
              for part in np.array_split(among, len(among)//BLOCK + 1) if len(part)]
     return tuple(np.concatenate([f[i] for f in found]) if found else np.zeros(0) for i in (0, 1))
 
+# %% ../nbs/41_related.ipynb #e4e55c1d
+def forecasts(
+    predictor: CorrelationPredictor,
+    pairs: pd.DataFrame,  # n pairs, as from `pairs_of`
+    whole: bool=True,     # by the stack; False: by the Gaussian process alone
+    progress: bool=False  # show a bar
+) -> AnswerDistribution:  # of n pairs
+    "Distributions of many pairs"
+    if whole and len(pairs):
+        found = [p.distribution for p in predictor.predict_many(pairs, progress)]
+        return AnswerDistribution(found[0].values, torch.stack([d.log_probs for d in found]))
+    mean, variance = gp_of(predictor).moments(pairs)
+    dist = cells(GRID, mean, np.sqrt(variance))
+    return restrict(dist, *pair_bounds(pairs)) if predictor.bounded else dist
+
 # %% ../nbs/41_related.ipynb #de93e130
 @dataclass(frozen=True)
 class Related:
@@ -136,12 +151,6 @@ def _candidates(contracts: pd.DataFrame, asked: int, other_events: bool) -> np.n
     event = contracts.get('event_id', pd.Series(None, contracts.index, object))
     return may & ~tied.to_numpy() & ~(event == event.iloc[asked]).fillna(False).to_numpy(bool)
 
-def _forecasts(predictor, pairs: pd.DataFrame, mean, variance, whole: bool) -> AnswerDistribution:  # of n pairs
-    "By the whole stack, or by the Gaussian process alone, whose moments are given"
-    if not whole or not len(pairs): return cells(GRID, mean, np.sqrt(variance))
-    found = [p.distribution for p in predictor.predict_many(pairs)]
-    return AnswerDistribution(found[0].values, torch.stack([d.log_probs for d in found]))
-
 def _table(pairs: pd.DataFrame, dist: AnswerDistribution, threshold: float) -> pd.DataFrame:
     "What is said of each pair, by its second contract"
     low, high = dist.interval(.9)
@@ -180,7 +189,7 @@ def related(
                 probability=lambda: gaussian_beyond(mean, variance, threshold))[by]()
     top = np.argsort(-size, kind='stable')[:3*k]
     pairs = pairs_of(contracts, np.full(len(top), asked), among[top])
-    dist = _forecasts(predictor, pairs, mean[top], variance[top], rescore)
-    table = _table(pairs, dist, threshold).sort_values(by, key=np.abs, ascending=False, kind='stable')
+    table = _table(pairs, forecasts(predictor, pairs, rescore), threshold)
+    table = table.sort_values(by, key=np.abs, ascending=False, kind='stable')
     kept = _grouped(table[table.correlation.abs() >= floor], k)
     return Related(title, kept, len(among), table.correlation.abs().max(), floor, threshold)
