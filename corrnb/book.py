@@ -27,8 +27,8 @@ from .related import BLOCK, forecasts, pairs_of
 from .relations import relation
 
 # %% ../nbs/42_book.ipynb #8838cbc6
-LEAST_SD = 1e-3  # of a cell: what is known better counts as known so well
-STEP = 3.        # weight of the agreement of both steps, in median weights of a cell
+LEAST_SD = .005  # of a cell: what is known better counts as known so well
+STEP = 3.        # first weight of the agreement of both steps, in median weights of a cell
 
 def _without_negative(x: np.ndarray) -> np.ndarray:
     "The nearest matrix without negative eigenvalues"
@@ -56,13 +56,17 @@ def nearest_correlation(
     weight = np.maximum(sd, LEAST_SD)**-2.
     step = STEP*np.median(weight[~np.eye(len(sd), dtype=bool)])
     valid, apart = forecast, np.zeros_like(forecast)
-    for _ in range(most):
+    for i in range(most):
         cells = (weight*forecast + step*(valid - apart))/(weight + step)
         np.fill_diagonal(cells, 1)
         last, valid = valid, _without_negative(cells + apart)
         apart = apart + cells - valid
-        if max(np.abs(cells - valid).max(), np.abs(valid - last).max()) < tolerance: break
-    else: warnings.warn(f'after {most} steps the matrix still moves by {np.abs(valid - last).max():.1g}')
+        differ, moved = np.abs(cells - valid).max(), np.abs(valid - last).max()
+        if max(differ, moved) < tolerance: break
+        if i % 10 == 9 and i < most/2:   # keep both in balance
+            scale = 2 if differ > 5*moved else .5 if moved > 5*differ else 1
+            step, apart = step*scale, apart/scale
+    else: warnings.warn(f'after {most} steps the matrix still moves by {moved:.1g}')
     return _unit_diagonal(valid)
 
 # %% ../nbs/42_book.ipynb #bab625d5
@@ -150,7 +154,7 @@ def make_book(
 
 # %% ../nbs/42_book.ipynb #aa41d7d9
 SHOWN = 60        # contracts whose titles are written beside the heat map
-SHOWN_TITLE = 46  # characters of a title
+SHOWN_TITLE = 56  # characters of a title: the beginning, and the end with its date or threshold
 
 @patch
 def clusters(
@@ -162,14 +166,15 @@ def clusters(
     return leaves_list(tree), fcluster(tree, apart, 'distance')
 
 def _shown(title: str) -> str:
-    return (title if len(title) <= SHOWN_TITLE else title[:SHOWN_TITLE - 1] + '…').replace('$', r'\$')
+    half = SHOWN_TITLE//2
+    return (title if len(title) <= SHOWN_TITLE else f'{title[:half]}…{title[1 - half:]}').replace('$', r'\$')
 
 @patch
 def plot(self: Book, ax=None):
     "Heat map of the matrix with its clusters; titles where there is room for them"
     order, number = self.clusters()
     n, size = len(self), min(.28*len(self), 7)
-    if ax is None: ax = plt.subplots(figsize=(4.5 + size, 1.2 + size), layout='constrained')[1]
+    if ax is None: ax = plt.subplots(figsize=(5.5 + size if n <= SHOWN else 2 + size, 1.2 + size), layout='constrained')[1]
     image = ax.imshow(self.matrix[np.ix_(order, order)], cmap='RdBu_r', vmin=-1, vmax=1)
     starts = np.flatnonzero(np.diff(number[order], prepend=-1))
     for start, end in zip(starts, [*starts[1:], n]):
@@ -251,12 +256,12 @@ def risk(
 def coverage_note(
     long: dict, short: dict  # title; event_id and close_date where known
 ) -> str:
-    "Whether a long position covers a short one whatever happens; '' where logic says nothing"
+    "Whether each share of a long position covers one that is short, whatever happens; '' where logic says nothing"
     names = ('title', 'event_id', 'close_date')
     (a, b), (x, y), (s, t) = ((long.get(n), short.get(n)) for n in names)
     found = relation(a, b, *(None if pd.isna(v) else v for v in (x, y)), s, t)
-    if found.implies in ('b', 'ab'): return f'covered ({found.reason})'
-    if found.implies == 'a': return f'not covered: the short side can pay alone ({found.reason})'
+    if found.implies in ('b', 'ab'): return f'covers share for share ({found.reason})'
+    if found.implies == 'a': return f'does not cover: the short side can pay alone ({found.reason})'
     return ''
 
 def closes_before(position: dict, hedge: dict) -> str:
