@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXACT', 'ODDS', 'NAMES', 'SURPRISE', 'PRICED', 'FLAGS', 'TICK', 'correlation_bounds', 'read_quote', 'restrict',
-           'pair_bounds', 'check_contracts', 'read_quoted', 'quotes', 'related_pairs', 'contradictions']
+           'pair_bounds', 'check_contracts', 'read_quoted', 'quotes', 'related_pairs', 'contradictions',
+           'contradictions_text']
 
 # %% ../nbs/40_bounds.ipynb #13768849
 import json
@@ -19,7 +20,7 @@ from pydantic import Field, FiniteFloat
 
 from .answers import AnswerDistribution
 from .contracts import read_contracts, recognize_rows
-from .data import BOOLEAN, NUMBER, PairError, check_rows, column_kinds, read_file
+from .data import BOOLEAN, NUMBER, PairError, check_rows, column_kinds, counted, read_file
 from .prices import plain_name
 from .relations import compare, read_title, relations
 from .schema import Contract
@@ -180,9 +181,9 @@ def _event_trades(contracts: pd.DataFrame, pairs: pd.DataFrame, bid, ask) -> pd.
         of = [i for i in of if i not in other_side]
         exactly_one, open_end, at_most_one = flags[of].any(0)
         if len(of) < 2 or not (flags[of].any() or apart.issuperset(combinations(of, 2))): continue
-        lines.append((bid[of].sum() - 1, 'at most one', (*of,), 'sell all', f'event {event}'))
+        lines.append((bid[of].sum() - 1, 'at most one', (*of,), 'sell all', f'at most one outcome of {event}'))
         if exactly_one and not open_end:
-            lines.append((1 - ask[of].sum(), 'exactly one', (*of,), 'buy all', f'event {event}'))
+            lines.append((1 - ask[of].sum(), 'exactly one', (*of,), 'buy all', f'exactly one outcome of {event}'))
     return pd.DataFrame(lines, columns=['by', 'rule', 'contracts', 'trade', 'reason'])
 
 TICK = 1e-6  # less is rounding
@@ -196,7 +197,7 @@ def contradictions(
         raise PairError(['no contract has a price: columns bid and ask, or price, are needed'])
     bid, ask = (np.nan_to_num(x, nan=worst) for x, worst in zip(quotes(contracts), (0, 1)))
     pairs = related_pairs(contracts)
-    crossed = [(bid[i] - ask[i], 'bid above ask', (i,), 'sell and buy', 'quote') for i in range(len(bid))]
+    crossed = [(bid[i] - ask[i], 'bid above ask', (i,), 'sell and buy', 'bid above ask') for i in range(len(bid))]
     columns = ['by', 'rule', 'contracts', 'trade', 'reason']
     parts = [pd.DataFrame(crossed, columns=columns), _pair_trades(pairs, bid, ask)]
     parts += [_event_trades(contracts, pairs, bid, ask)]
@@ -204,3 +205,16 @@ def contradictions(
     found = found.drop_duplicates(['contracts', 'trade'], ignore_index=True)   # an event of two is a pair
     prices = [[f'{bid[i]:.3g}/{ask[i]:.3g}' for i in of] for of in found.contracts]
     return found.assign(contracts=[contracts.title[[*of]].tolist() for of in found.contracts], prices=prices)
+
+# %% ../nbs/40_bounds.ipynb #01e5b5a8
+def contradictions_text(
+    found: pd.DataFrame,  # as from `contradictions`
+    n: int                # contracts that were looked at
+) -> str:  # three lines each
+    "What is left by which trade, and why"
+    if not len(found): return f'no prices of {counted(n, "contract")} contradict each other'
+    lines = []
+    for r in found.itertuples():
+        lines.append(f'{r.by:.3f} left: {r.trade} ({r.reason})')
+        lines += [f'   {price:>13}  {title}' for title, price in zip(r.contracts, r.prices)]
+    return '\n'.join(lines)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Profile', 'Pairs', 'Contracts', 'Prices', 'Target', 'Name', 'Fresh', 'Keep', 'Parameter', 'Runs', 'Verbose',
-           'Notebooks', 'TimeColumn', 'PriceColumn', 'ContractColumn', 'Unit', 'TimeUnit', 'Model', 'join_pairs',
-           'main']
+           'Notebooks', 'TimeColumn', 'PriceColumn', 'ContractColumn', 'Unit', 'TimeUnit', 'Model', 'Fast', 'Rank',
+           'join_pairs', 'main']
 
 # %% ../nbs/36_cli.ipynb #99de8972
 import os
@@ -19,6 +19,7 @@ from typer.core import TyperCommand
 
 import corrnb
 from .config import Settings
+from .files import atomic_write
 from .parameters import PARAMETERS, ParameterError, PipelineError, RunConfig, parameters_cell
 
 # %% ../nbs/36_cli.ipynb #67c1842a
@@ -185,6 +186,71 @@ def _inspect(
     from corrnb.inspection import inspect_prices  # loads pandas and matplotlib
     page = inspect_prices(prices, contracts, time_column, price_column, contract_column, unit, time_unit)
     print(*page.lines, f'Page: {page.save(out)}', sep='\n')
+
+# %% ../nbs/36_cli.ipynb #b00c0002
+Fast = _flag('--fast', 'by the Gaussian process alone, without the language model')
+Rank = Literal['correlation', 'probability']
+
+@app.command('related')
+def _related(
+    title: Annotated[str, typer.Argument(metavar='TITLE', help='title of a contract')],
+    k: Annotated[int, typer.Option('--k', metavar='N', help='questions listed at most', min=1)] = 20,
+    universe: _option(str, 'FILE', 'contracts to look among (default: those of the known pairs)') = None,
+    floor: _option(float, 'X', 'least absolute expected correlation (default: 0.25)') = None,
+    by: _option(Rank, None, 'rank by its size, or the probability of passing --threshold') = None,
+    threshold: _option(float, 'X', 'of the absolute correlation (default: 0.5)') = None,
+    other_events: _flag('--other-events', "leave out the contract's own event") = False,
+    fast: Fast = False, out: _option(str, 'FILE', 'a .csv file for the list') = None,
+    model: Model = None, runs_dir: Runs = 'runs', verbose: Verbose = False
+):
+    "which contracts move with this one?"
+    from corrnb.pipeline import find_run
+    folder = find_run(model, runs_dir)
+    from corrnb.bounds import read_quoted  # loads torch
+    from corrnb.inference import CorrelationPredictor
+    from corrnb.related import related
+    among = None if universe is None else read_quoted(universe)
+    given = {n: v for n, v in dict(floor=floor, by=by, threshold=threshold).items() if v is not None}
+    predictor = CorrelationPredictor.from_run(folder)
+    found = related(predictor, title, k, among, other_events=other_events, rescore=not fast, **given)
+    if out is not None: atomic_write(out, found.table.to_csv(index=False))
+    print(found)
+
+@app.command('matrix')
+def _matrix(
+    contracts: Annotated[str, typer.Argument(metavar='FILE', help='contracts: a .csv or .parquet file with titles')],
+    out: Annotated[str, typer.Option(metavar='FILE', help='where the matrix goes')] = 'matrix.csv',
+    cells: _option(str, 'FILE', 'a .csv file for the pairs: forecast, error, value in the matrix, correction') = None,
+    plot: _option(str, 'FILE', 'a .png, .svg or .pdf file for the heat map') = None,
+    measured: _option(str, 'FILE', 'measured pairs (`corrnb label --out`) that replace forecasts') = None,
+    fast: Fast = False, model: Model = None, runs_dir: Runs = 'runs', verbose: Verbose = False
+):
+    "the correlation matrix of a book of contracts"
+    from corrnb.pipeline import find_run
+    folder = find_run(model, runs_dir)
+    from corrnb.book import make_book  # loads torch
+    from corrnb.bounds import read_quoted
+    from corrnb.data import read_file
+    from corrnb.inference import CorrelationPredictor
+    listed, labels = read_quoted(contracts), None if measured is None else read_file(measured)
+    book = make_book(CorrelationPredictor.from_run(folder), listed, labels, not fast, progress=True)
+    atomic_write(out, book.frame.to_csv())
+    if cells is not None: atomic_write(cells, book.cells().to_csv(index=False))
+    if plot is not None: book.plot().figure.savefig(plot)
+    print(f'{book}\nMatrix: {out}')
+
+@app.command('contradictions')
+def _contradictions(
+    contracts: Annotated[str, typer.Argument(metavar='FILE', help='contracts with bid and ask, or price')],
+    out: _option(str, 'FILE', 'a .csv file for the list') = None, verbose: Verbose = False
+):
+    "which prices contradict each other, after bid and ask?"
+    from corrnb.bounds import contradictions, contradictions_text, read_quoted  # loads torch
+    listed = read_quoted(contracts)
+    found = contradictions(listed)
+    lists = {c: found[c].map(' | '.join) for c in ('contracts', 'prices')}
+    if out is not None: atomic_write(out, found.assign(**lists).to_csv(index=False))
+    print(contradictions_text(found, len(listed)))
 
 # %% ../nbs/36_cli.ipynb #c57c7f49
 def _version(wanted: bool):
