@@ -19,13 +19,13 @@ from fastcore.basics import patch
 from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from .bounds import check_contracts, quotes
+from .bounds import check_contracts, quotes, related_pairs
 from .contracts import unique_titles
-from .data import NAME, NUMBER, PairError, check_rows, counted
+from .data import NAME, NUMBER, PairError, check_rows, counted, text_key
 from .inference import CorrelationPredictor
 from .prompts import format_correlation
 from .related import BLOCK, forecasts, pairs_of
-from .relations import relation
+from .relations import compare, read_title
 
 # %% ../nbs/42_book.ipynb #8838cbc6
 LEAST_SD = .005  # of a cell: what is known better counts as known so well
@@ -143,6 +143,12 @@ def _measured(contracts: pd.DataFrame, measured: pd.DataFrame) -> tuple[np.ndarr
     first, second = np.minimum(a, b)[known], np.maximum(a, b)[known]
     return first, second, *(measured[c].to_numpy()[known] for c in names[2:])
 
+def _twins(contracts: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:  # positions of the pairs
+    "Contracts of the same title, at two venues say, whose dates do not tell them apart: the same question"
+    pairs, key = related_pairs(contracts), contracts.title.map(text_key).to_numpy()
+    same = (pairs.relation == 'same question') & (key[pairs.a] == key[pairs.b])
+    return pairs.a[same].to_numpy(), pairs.b[same].to_numpy()
+
 def make_book(
     predictor: CorrelationPredictor,   # with members, as from `from_run`
     contracts: pd.DataFrame,           # as of `check_contracts`; position and volatility where there are any
@@ -160,6 +166,8 @@ def make_book(
     for part in np.array_split(np.arange(len(a)), len(a)//BLOCK + 1):
         dist = forecasts(predictor, pairs_of(named, a[part], b[part]), whole, progress)
         forecast[a[part], b[part]], sd[a[part], b[part]] = dist.mean.numpy(), dist.std.numpy()
+    twins = _twins(contracts)
+    forecast[twins], sd[twins] = 1, LEAST_SD
     if known: forecast[known[:2]], sd[known[:2]], fixed[known[:2]] = *known[2:], True
     forecast, sd, fixed = (np.triu(x, 1) + np.triu(x, 1).T for x in (forecast, sd, fixed))
     np.fill_diagonal(forecast, 1)
@@ -271,9 +279,9 @@ def coverage_note(
     long: dict, short: dict  # title; event_id and close_date where known
 ) -> str:
     "Whether each share of a long position covers one that is short, whatever happens; '' where logic says nothing"
-    names = ('title', 'event_id', 'close_date')
-    (a, b), (x, y), (s, t) = ((long.get(n), short.get(n)) for n in names)
-    found = relation(a, b, *(None if pd.isna(v) else v for v in (x, y)), s, t)
+    claims = [read_title(*(None if pd.isna(v := side.get(n)) else v for n in ('title', 'event_id', 'close_date')))
+              for side in (long, short)]
+    found = compare(*claims)
     if found.implies in ('b', 'ab'): return f'covers share for share ({found.reason})'
     if found.implies == 'a': return f'does not cover: the short side can pay alone ({found.reason})'
     return ''

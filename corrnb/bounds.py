@@ -49,12 +49,12 @@ def correlation_bounds(
     ratio, product = (p1/q2, p2/q1), (p1*q1, p2*q2)
     kinds = [['same question'], ['complement'], ['exclusive', 'bracket']]
     cases = [*(np.isin(relation, kind) for kind in kinds), np.isin(implies, ['a']), np.isin(implies, ['b'])]
-    low = [1, -1, -_root(product[1]), _root(ratio[0]), _root(1/ratio[1])]
-    high = [1, -1, -_root(product[0]), _root(ratio[1]), _root(1/ratio[0])]
-    low, high = (np.select(cases, [np.broadcast_to(x, np.shape(p1)) for x in values], default) for values, default in (
-        (low, -_root(np.minimum(product[1], 1/product[0]))), (high, _root(np.minimum(ratio[1], 1/ratio[0])))))
+    lows = [1, -1, -_root(product[1]), _root(ratio[0]), _root(1/ratio[1])]
+    highs = [1, -1, -_root(product[0]), _root(ratio[1]), _root(1/ratio[0])]
+    frechet = -_root(np.minimum(product[1], 1/product[0])), _root(np.minimum(ratio[1], 1/ratio[0]))
     unknown = np.isnan(p1) | np.isnan(q1)
-    return np.where(unknown, np.nan, low), np.where(unknown, np.nan, high)
+    def chosen(values, default): return np.where(unknown, np.nan, np.select(cases, [x + 0*p1 for x in values], default))
+    return chosen(lows, frechet[0]), chosen(highs, frechet[1])
 
 # %% ../nbs/40_bounds.ipynb #4726b917
 NAMES = dict(bid=('bid', 'best_bid', 'yes_bid'), ask=('ask', 'best_ask', 'yes_ask'),
@@ -100,9 +100,10 @@ def pair_bounds(
     pairs: pd.DataFrame  # as of `relations.relations`, with contract_a_data and contract_b_data
 ) -> tuple[np.ndarray, np.ndarray]:  # (n,), NaN: anything
     "Lowest and highest correlation that prices and logic leave to the outcomes of each pair"
-    if not len(pairs) or not set(PRICED) <= set(pairs): return np.full((2, len(pairs)), np.nan)
+    low, high = np.full((2, len(pairs)), np.nan)
+    if not len(pairs) or not set(PRICED) <= set(pairs): return low, high
     p, q = (np.array([*map(read_quote, pairs[name])]) for name in PRICED)
-    low, high, known = *np.full((2, len(pairs)), np.nan), np.flatnonzero(~np.isnan(p + q).any(1))
+    known = np.flatnonzero(~np.isnan(p + q).any(1))
     found = relations(pairs.iloc[known])
     low[known], high[known] = correlation_bounds(p[known], q[known], found.relation, found.implies)
     return low, high
@@ -150,7 +151,7 @@ def related_pairs(
     "All pairs between which logic fixes something; only pairs of the same words or event are compared"
     read = contracts.reindex(columns=['title', 'event_id', 'close_date']).astype(object)
     claims = [read_title(*row) for row in read.where(read.notna(), None).to_numpy()]
-    groups = {}
+    groups: dict[tuple, list] = {}
     for i, c in enumerate(claims):
         for key in {('words', c.words), ('event', c.event)}: groups.setdefault(key, []).append(i)
     skipped = [('words', ()), ('event', None)]

@@ -78,9 +78,12 @@ def moments_with(
     among: np.ndarray         # (n,) positions of these
 ) -> tuple[np.ndarray, np.ndarray]:  # mean and variance of Fisher's z, (n,)
     "Moments of one contract with others, in blocks"
-    found = [gp.moments(pairs_of(contracts, np.full(len(part), asked), part))
-             for part in np.array_split(among, len(among)//BLOCK + 1) if len(part)]
-    return tuple(np.concatenate([f[i] for f in found]) if found else np.zeros(0) for i in (0, 1))
+    mean, variance = np.empty((2, len(among)))
+    for start in range(0, len(among), BLOCK):
+        part = among[start:start + BLOCK]
+        found = gp.moments(pairs_of(contracts, np.full(len(part), asked), part))
+        mean[start:start + BLOCK], variance[start:start + BLOCK] = found
+    return mean, variance
 
 # %% ../nbs/41_related.ipynb #e4e55c1d
 def forecasts(
@@ -136,9 +139,15 @@ def known_contracts(predictor: CorrelationPredictor) -> pd.DataFrame:
 def _universe(predictor, title: str, universe) -> tuple[pd.DataFrame, int]:
     "The contracts with the one asked among them, and where it is"
     contracts = known_contracts(predictor) if universe is None else check_contracts(universe)
-    found = np.flatnonzero(contracts.title.map(text_key) == text_key(title))
-    if len(found) > 1: raise PairError([f'{len(found)} contracts have the title {title!r}: leave one of them'])
-    contracts = unique_titles(contracts)
+    named = pd.DataFrame(dict(title=contracts.title.map(text_key), close_date=contracts.get('close_date')))
+    contracts = contracts[~named.duplicated()].reset_index(drop=True)
+    if left_out := len(named) - len(contracts):
+        print(f'{counted(left_out, "contract")} with the title and closing date of another left out')
+    unique = unique_titles(contracts)
+    found = [np.flatnonzero(c.title.map(text_key) == text_key(title)) for c in (unique, contracts)]
+    found = found[0] if len(found[0]) else found[1]
+    if len(found) > 1: raise PairError([f'ask for one of {", ".join(map(repr, unique.title[found]))}'])
+    contracts = unique
     if len(found): return contracts, int(found[0])
     new = pd.DataFrame([dict(contract_id=title, title=title)])
     return pd.concat([contracts, new], ignore_index=True), len(contracts)
