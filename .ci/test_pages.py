@@ -73,10 +73,11 @@ def test_commands_exist():
             if program == 'corrnb' and (refused := corrnb_refuses(words[1:])): wrong.append(f'{line}: {refused}')
     assert not wrong, '\n'.join(wrong)
 
-@pytest.mark.seconds(40)
-def test_tutorial_runs(tmp_path):
-    "The tutorial from an empty PostgreSQL database to a prediction runs"
-    execute('tutorials/own_table_own_prices.ipynb', tmp_path)
+@pytest.mark.parametrize('name', ['own_table_own_prices', 'book'])
+@pytest.mark.seconds(50)
+def test_tutorial_runs(tmp_path, name):
+    "The tutorials from an empty PostgreSQL database to a prediction, and from a CSV of contracts to a hedge, run"
+    execute(f'tutorials/{name}.ipynb', tmp_path)
 
 @pytest.mark.seconds(80)
 def test_h100_benchmark_runs(tmp_path):

@@ -143,7 +143,7 @@ def _measured(contracts: pd.DataFrame, measured: pd.DataFrame) -> tuple[np.ndarr
     first, second = np.minimum(a, b)[known], np.maximum(a, b)[known]
     return first, second, *(measured[c].to_numpy()[known] for c in names[2:])
 
-def _twins(contracts: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:  # positions of the pairs
+def _same_questions(contracts: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:  # positions of the pairs
     "Contracts of the same title, at two venues say, whose dates do not tell them apart: the same question"
     pairs, key = related_pairs(contracts), contracts.title.map(text_key).to_numpy()
     same = (pairs.relation == 'same question') & (key[pairs.a] == key[pairs.b])
@@ -166,8 +166,8 @@ def make_book(
     for part in np.array_split(np.arange(len(a)), len(a)//BLOCK + 1):
         dist = forecasts(predictor, pairs_of(named, a[part], b[part]), whole, progress)
         forecast[a[part], b[part]], sd[a[part], b[part]] = dist.mean.numpy(), dist.std.numpy()
-    twins = _twins(contracts)
-    forecast[twins], sd[twins] = 1, LEAST_SD
+    same = _same_questions(contracts)
+    forecast[same], sd[same] = 1, LEAST_SD
     if known: forecast[known[:2]], sd[known[:2]], fixed[known[:2]] = *known[2:], True
     forecast, sd, fixed = (np.triu(x, 1) + np.triu(x, 1).T for x in (forecast, sd, fixed))
     np.fill_diagonal(forecast, 1)

@@ -242,7 +242,7 @@ def _related(
     among = None if universe is None else read_quoted(universe)
     given = {n: v for n, v in dict(floor=floor, by=by, threshold=threshold).items() if v is not None}
     predictor = CorrelationPredictor.from_run(folder)
-    found = related(predictor, title, k, among, other_events=other_events, rescore=not fast, **given)
+    found = related(predictor, title, k, among, other_events=other_events, whole=not fast, **given)
     if out is not None: atomic_write(out, found.table.to_csv(index=False))
     print(found)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'BLOCK', 'NODES', 'WEIGHTS', 'pairs_of', 'correlation_moments', 'probability_beyond', 'gaussian_beyond',
-           'gp_of', 'moments_with', 'forecasts', 'Related', 'known_contracts', 'related']
+           'gp_of', 'moments_with', 'forecasts', 'Related', 'known_contracts', 'questions', 'related']
 
 # %% ../nbs/41_related.ipynb #26bec100
 import html
@@ -144,13 +144,12 @@ def _universe(predictor, title: str, universe) -> tuple[pd.DataFrame, int]:
     if left_out := len(named) - len(contracts):
         print(f'{counted(left_out, "contract")} with the title and closing date of another left out')
     unique = unique_titles(contracts)
-    found = [np.flatnonzero(c.title.map(text_key) == text_key(title)) for c in (unique, contracts)]
-    found = found[0] if len(found[0]) else found[1]
+    by_title = [np.flatnonzero(c.title.map(text_key) == text_key(title)) for c in (unique, contracts)]
+    found = by_title[0] if len(by_title[0]) else by_title[1]
     if len(found) > 1: raise PairError([f'ask for one of {", ".join(map(repr, unique.title[found]))}'])
-    contracts = unique
-    if len(found): return contracts, int(found[0])
+    if len(found): return unique, int(found[0])
     new = pd.DataFrame([dict(contract_id=title, title=title)])
-    return pd.concat([contracts, new], ignore_index=True), len(contracts)
+    return pd.concat([unique, new], ignore_index=True), len(unique)
 
 def _candidates(contracts: pd.DataFrame, asked: int, other_events: bool) -> np.ndarray:  # (n,) True: may be listed
     "All but the contract itself and, if wanted, its event and what logic ties to it"
@@ -168,10 +167,20 @@ def _table(pairs: pd.DataFrame, dist: AnswerDistribution, threshold: float) -> p
     return table.assign(correlation=dist.mean.double().numpy(), low=low.double().numpy(), high=high.double().numpy(),
                         probability=probability_beyond(dist, threshold), relation=found.relation, reason=found.reason)
 
+def questions(titles, positive) -> np.ndarray:  # (n,) numbers, in the order in which they appear
+    "Which question each contract asks: the same words, but for a date or a threshold, and the same sign"
+    keys = [(read_title(t).words or t, bool(p)) for t, p in zip(titles, positive)]
+    return pd.factorize(pd.Series(keys, dtype=object))[0]
+
+def _strongest(titles, expected, size, k: int) -> np.ndarray:  # positions, at most 3*k
+    "Where the largest sizes are, of each question at most three"
+    order = np.argsort(-size, kind='stable')[:100*k]
+    question = pd.Series(questions(titles[order], expected[order] > 0))
+    return order[question.groupby(question).cumcount() < 3][:3*k]
+
 def _grouped(table: pd.DataFrame, k: int) -> pd.DataFrame:
-    "The first `k` questions; contracts of the same words and sign are of one"
-    keys = [(read_title(r.title).words or r.title, r.correlation > 0) for r in table.itertuples()]
-    group = pd.factorize(pd.Series(keys, dtype=object))[0]
+    "The first `k` questions"
+    group = questions(table.title, table.correlation > 0)
     return table.assign(group=group)[group < k].sort_values('group', kind='stable', ignore_index=True)
 
 def related(
@@ -183,7 +192,7 @@ def related(
     by: str='correlation',            # rank by its absolute expectation, or by 'probability' of passing the threshold
     threshold: float=.5,              # of the absolute correlation, for `probability`
     other_events: bool=False,         # leave out the contract's own event, and what logic ties to it
-    rescore: bool=True                # ask the strongest, 3 for each of `k`, again with the whole stack
+    whole: bool=True                  # ask the strongest, 3 for each of `k`, again with the whole stack
 ) -> Related:
     "Contracts that move with one, strongest first; ValueError or `PairError` for what cannot be asked"
     title = clean_text(title)
@@ -194,11 +203,11 @@ def related(
     among = np.flatnonzero(_candidates(contracts, asked, other_events))
     if not len(among): raise PairError(['there is no other contract to compare with'])
     mean, variance = moments_with(gp_of(predictor), contracts, asked, among)
-    size = dict(correlation=lambda: np.abs(correlation_moments(mean, variance)[0]),
-                probability=lambda: gaussian_beyond(mean, variance, threshold))[by]()
-    top = np.argsort(-size, kind='stable')[:3*k]
+    expected, _ = correlation_moments(mean, variance)
+    size = np.abs(expected) if by == 'correlation' else gaussian_beyond(mean, variance, threshold)
+    top = _strongest(contracts.title.to_numpy()[among], expected, size, k)
     pairs = pairs_of(contracts, np.full(len(top), asked), among[top])
-    table = _table(pairs, forecasts(predictor, pairs, rescore), threshold)
+    table = _table(pairs, forecasts(predictor, pairs, whole), threshold)
     table = table.sort_values(by, key=np.abs, ascending=False, kind='stable')
     kept = _grouped(table[table.correlation.abs() >= floor], k)
     return Related(title, kept, len(among), table.correlation.abs().max(), floor, threshold)

@@ -59,10 +59,13 @@ def _range(kind, match):  # "above $1.5k": (1500, inf, '$'), "2-3%": (2, 3, '%')
     low, high = -inf if kind == 'down' else values[0], inf if kind == 'up' else values[-1]
     return Range(low, high, ' '.join(units) or 'number', match[0]) if low <= high else None
 
+@lru_cache(maxsize=10_000)
+def _date(text, default): return parse(text, default=default).date()
+
 def _days(match, close):  # "by June": up to the 30th, "before June": to May 31, "after June": from the 30th on
     word, years = match[1].lower(), [close.year + i for i in (-1, 0, 1)] if close else [2000]
     first = word in ('before', 'prior to') and not match[2]  # no day is said: before the 1st
-    try: days = [parse(match[3], default=datetime(y, *((1, 1) if first else (12, 31)))).date() for y in years]
+    try: days = [_date(match[3], datetime(y, *((1, 1) if first else (12, 31)))) for y in years]
     except ValueError: return None  # June 31
     nearest = min(days, key=lambda d: abs(d - close) if close else 0)
     day = nearest.toordinal() - (first and nearest.day == 1)
