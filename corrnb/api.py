@@ -222,7 +222,7 @@ def forecast_of(p: Prediction, distribution: bool=False) -> Forecast:
                     reasoning=p.reasoning, rag_context_used=bool(known), neighbours=known,
                     distribution=probabilities)
 
-# %% ../nbs/44_api.ipynb #a4c08c8a
+# %% ../nbs/44_api.ipynb #76fd20ea
 def _refuse_others(run: Path, part: str, facts: dict, found: dict):
     "ValueError where a part says something else than the adapter"
     wrong = [f'{field} of the {part} is {now}, of the adapter {facts.get(field)}' for field, now in found.items()
@@ -295,7 +295,7 @@ class Service:
         "The strongest partners of contracts among the known ones"
         def answer(q):
             found = related(self.predictor, q.contract.title, q.k, self._universe(q.contract), q.floor,
-                            threshold=q.threshold, other_events=q.other_events, rescore=q.whole)
+                            threshold=q.threshold, other_events=q.other_events, whole=q.whole)
             rows = [RelatedContract(title=r.title, correlation=_rounded(r.correlation), reason=r.reason,
                                     interval=Interval(lower=_rounded(r.low), upper=_rounded(r.high)),
                                     probability=_rounded(r.probability), question=r.group)
