@@ -217,8 +217,9 @@ def _checksum(key: str, vector: bytes) -> int: return zlib.crc32(vector, zlib.cr
 
 def _read_cache(path: Path, keys: list[str]) -> dict[str, np.ndarray]:  # key: vector (hidden,) float32
     "Those of the vectors that the store holds; a damaged one is left out, with a warning"
-    find = 'SELECT key, vector, checksum FROM vectors WHERE key = ?'
-    rows = _with_store(path, lambda db: [row for k in keys for row in db.execute(find, (k,))]) or []
+    parts = [keys[i:i + 500] for i in range(0, len(keys), 500)]
+    def find(part): return f"SELECT key, vector, checksum FROM vectors WHERE key IN ({','.join('?'*len(part))})", part
+    rows = _with_store(path, lambda db: [row for part in parts for row in db.execute(*find(part))]) or []
     known = {k: np.frombuffer(v, np.float32) for k, v, checksum in rows if checksum == _checksum(k, v)}
     if n := len(rows) - len(known): warnings.warn(f'{n} cached vectors in {path.name} are damaged and are made again')
     return known
@@ -252,7 +253,8 @@ def embed_texts(
     sequences = _tokens(tokenizer, texts, decoder.config.max_position_embeddings)
     if not sequences: return np.empty((len(layers), 0, decoder.config.hidden_size), dtype=np.float32)
     special = _special_ids(tokenizer)
-    keys = {s: [f'{layer} {content_hash(s, n=32)}' for layer in layers] for s in dict.fromkeys(sequences)}
+    names = {s: content_hash(s, n=32) for s in dict.fromkeys(sequences)}
+    keys = {s: [f'{layer} {name}' for layer in layers] for s, name in names.items()}
     store = cache_dir and vector_store(model, tokenizer, cache_dir)
     known = _read_cache(store, [k for of_text in keys.values() for k in of_text]) if store else {}
     if new := [s for s in keys if any(k not in known for k in keys[s])]:
