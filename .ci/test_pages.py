@@ -83,14 +83,13 @@ def test_tutorial_runs(tmp_path, name):
 def test_h100_benchmark_runs(tmp_path):
     "The benchmark of the H100 with a tiny model on a CPU: parts leave figures; typed again it measures nothing"
     script = root/'nbs'/'benchmarks'/'h100.py'
-    command = (sys.executable, script, tmp_path, '--tiny', 'query', 'nf4', 'merged', 'trl')
+    command = (sys.executable, script, tmp_path, '--tiny', 'query', 'nf4', 'trl')
     call(*command)
     before = {p.name: p.read_bytes() for p in tmp_path.glob('*.json')}
     call(*command)
     same(before, {p.name: p.read_bytes() for p in tmp_path.glob('*.json')}, 'it measured again what it had')
     found = {f['what']: f for text in before.values() for f in json.loads(text)['figures']}
-    queries = [f'one query, p50, {part}' for part in ('query', 'merged')]
-    wanted = ('hybrid training at 16 rows, nf4', 'rows evaluated, query', *queries)
+    wanted = ('hybrid training at 16 rows, nf4', 'rows evaluated, query', 'one query, p50, query')
     missing = [what for what in wanted if not found.get(what, {}).get('value')]
     assert not missing, f"no figures: {', '.join(missing)}"
     trl = found['corrnb / TRL, tokens/s']  # a figure, or the reason why there is none
