@@ -16,7 +16,7 @@ def _silence(logger: str, start: str):
     "Drop the messages of a logger that begin so"
     logging.getLogger(logger).addFilter(lambda record: not record.getMessage().startswith(start))
 
-_silence('bitsandbytes.backends.cpu.ops', 'Failed to load CPU gemm_4bit_forward')  # optional; NF4 works without it
+
 _silence('transformers.trainer_utils', 'mtime may not be reliable')  # checkpoints of one second are ordered by step
 warnings.filterwarnings('ignore', '`is_gradient_checkpointing` is deprecated', FutureWarning)  # peft asks for it
 
@@ -165,7 +165,7 @@ def _from_pretrained(auto, name: str, where: str, **kwargs):
         return auto.from_pretrained(where, token=token.get_secret_value() if token else None, **kwargs)
     except OSError as e: first_line = str(e).strip().split('\n')[0]
     gated = '' if token else ' If it is gated, as Llama 3.1 is, accept its licence on its page and set HF_TOKEN.'
-    raise OSError(f'The model {name!r} could not be loaded: {first_line}{gated} '
+    raise OSError(f'The model {name!r} could not be loaded: {first_line.rstrip(".")}.{gated} '
                   "Without a network, use a local folder as the name, or 'embedded'.")
 
 def load_tokenizer(
