@@ -115,7 +115,8 @@ class Asked:
         "Empty, or with the answers in the file that this very model gave"
         n = n_frozen(model)
         self.frozen, self.known = FrozenBlocks(model, n) if n else None, {True: {}, False: {}}   # tuned or not
-        adapter = {name: p.flatten()[:8].tolist() for name, p in model.named_parameters() if 'lora_' in name}
+        adapter = {name: p.flatten()[:8].to(model.dtype).tolist()   # as `from_folder` loads it
+                   for name, p in model.named_parameters() if 'lora_' in name}
         self.model = content_hash(model_fingerprint(model), adapter)
         if path is None or not Path(path).exists(): return
         for r in pd.read_parquet(path).itertuples():
