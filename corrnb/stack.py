@@ -79,11 +79,15 @@ class Members:
     retriever: PairRetriever       # of the known rows
     settings: tuple[float, float]  # bandwidth and temperature of the neighbours, see `neighbour_distribution`
 
-    def forecasts(self, rows: pd.DataFrame) -> dict[str, AnswerDistribution]:
-        "Of rows that need not be known, by member"
+    def forecasts(
+        self, rows: pd.DataFrame,    # need not be known
+        which=('gp', 'neighbours')   # names of those wanted
+    ) -> dict[str, AnswerDistribution]:
+        "By member"
+        found = dict(gp=self.gp.distribution(rows)) if 'gp' in which else {}
+        if 'neighbours' not in which: return found
         values, distances = self.retriever.known(rows, SIMILAR)
-        neighbours = neighbours_forecast(values, distances, self.settings)
-        return dict(gp=self.gp.distribution(rows), neighbours=neighbours)
+        return found | dict(neighbours=neighbours_forecast(values, distances, self.settings))
 
     def out_of_fold(self, rows: pd.DataFrame, held: Holdouts) -> dict[str, AnswerDistribution]:
         "Of the rows asked in `held`, without what is hidden; `rows`: those that the members know"
