@@ -21,7 +21,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -600,6 +600,8 @@ class PriceSeries:
     start: np.ndarray    # (n_contracts + 1,): where each contract begins in the arrays below
     times: np.ndarray    # (n_prices,) microseconds since 1970, UTC
     values: np.ndarray   # (n_prices,) on the chosen scale
+    transform: str = 'level'   # that scale
+    step: int = 0        # microseconds between the times of the grid they were put on; 0: as they came
 
     def table(self) -> pd.DataFrame:
         "(n_times, n_contracts), sorted by time, NaN where a contract has no price"
@@ -611,7 +613,7 @@ class PriceSeries:
     def kept(self, rows: np.ndarray) -> 'PriceSeries':
         "With some of the prices only: (n_prices,) true or false"
         start = np.concatenate([[0], np.cumsum(rows)])[self.start]
-        return PriceSeries(self.ids, start, self.times[rows], self.values[rows])
+        return replace(self, start=start, times=self.times[rows], values=self.values[rows])
 
 def _refuse(long: pd.DataFrame, bad, why: str):
     "ValueError that names the first bad row"
@@ -655,7 +657,7 @@ def price_series(
         codes, times, values = codes[order], times[order], values[order]
     names = ids.cat.categories.rename('contract_id')
     times, values = (np.require(v, requirements=['C', 'W']) for v in (times, values))   # one kind: compiled once
-    series = PriceSeries(names, np.searchsorted(codes, range(len(names) + 1)), times, values)
+    series = PriceSeries(names, np.searchsorted(codes, range(len(names) + 1)), times, values, transform)
     again = np.append((codes[1:] == codes[:-1]) & (times[1:] == times[:-1]), False)
     if again.any(): series = _last_of_each(series, codes, again)
     return series if resample is None else resample_series(series, resample)
@@ -694,4 +696,4 @@ def resample_series(
     times = -(-series.times // step) * step
     codes = np.repeat(np.arange(len(series.ids)), np.diff(series.start))
     last = np.append((times[1:] != times[:-1]) | (codes[1:] != codes[:-1]), True)[:len(times)]
-    return PriceSeries(series.ids, series.start, times, series.values).kept(last)
+    return replace(series, times=times, step=step).kept(last)
