@@ -153,7 +153,7 @@ def read_moment(
     if pd.isna(found) or str(text).isdecimal():
         raise ValueError(f"as_of is {text!r}, not a date or time such as 2026-03-01 or 2026-03-01T14:00Z, "
                          f"nor '{MIDDLE}'")
-    return int(found.as_unit('us').value)
+    return found.value // 1000
 
 @dataclass(frozen=True)
 class AsOf:
