@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'SAME_TITLE', 'OTHER_SIDE', 'WINDOW', 'PART', 'label_rows', 'write_labels', 'Market', 'read_market',
-           'Labelled', 'label_market', 'rows_file', 'make_labels', 'pairs_from_prices']
+           'Labelled', 'label_market', 'rows_file', 'make_labels', 'pairs_from_prices', 'known_pairs']
 
 # %% ../nbs/08_labelling.ipynb #9126db84
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +21,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .as_of import AsOf, asked_at
+from .as_of import PAST, AsOf, asked_at, known_at
 from .contracts import read_contracts
-from .data import NAME, PairError, check_table, map_unique, read_file, text_key
+from .data import NAME, TITLES, PairError, check_table, map_unique, read_file, text_key
 from .files import atomic_file
 from corrnb.labels import (
     BLOCK_PAIRS,
@@ -305,10 +306,11 @@ PART = dict(min_changes=15, min_moves=7, min_joint_moves=5)   # of a part of the
 
 def _split_options(options: dict) -> tuple[LabelRules, list[AsOf], dict]:
     "The rules among some options, the times of asking, and the others"
-    asked = asked_at(*(options.get(name, default) for name, default in (('as_of', ''), ('period', None), ('quotes', 5))))
+    when = {name: options[name] for name in ('as_of', 'period', 'quotes') if name in options}
+    asked = asked_at(**{'as_of': ''} | when)
     rules = {f.name: options[f.name] for f in fields(LabelRules) if f.name in options}
-    others = {k: v for k, v in options.items() if k not in (*rules, 'as_of', 'period', 'quotes')}
-    return LabelRules(**(PART if asked else {}) | rules), asked, others
+    return LabelRules(**(PART if asked else {}) | rules), asked, {
+        k: v for k, v in options.items() if k not in (*rules, *when)}
 
 def make_labels(
     prices: str|None = None,      # as of `read_prices`; None: the table `contract_prices`
@@ -341,7 +343,7 @@ def pairs_from_prices(
     prices: str,                 # as of `read_prices`
     contracts: str|None = None,  # as of `read_contracts`
     **options                    # as of `make_labels`
-) -> pd.DataFrame:               # rows with id, titles, `FIELDS`, and price_correlation with its errors
+) -> pd.DataFrame:               # rows with id, titles, `FIELDS`, price_correlation with its errors, and `PAST`
     "Labelled pairs of all contracts, in memory; prints as `make_labels` does"
     rules, asked, options = _split_options(options)
     blocks: list[pd.DataFrame] = []
@@ -351,3 +353,35 @@ def pairs_from_prices(
         raise PairError([f'{e}; `corrnb label` has this option, and its pairs can be run with --pairs']) from e
     label_market(market, None, rules, lambda rows, labels: blocks.append(rows), asked)
     return pd.concat(blocks, ignore_index=True)
+
+# %% ../nbs/08_labelling.ipynb #asof0102
+def _find_titles(titles: list[str], contracts: pd.DataFrame) -> list[str]:
+    "The contract ids of some titles; PairError names a title that no contract has, or several"
+    by_key = contracts.groupby(contracts['title'].map(text_key))['contract_id'].agg(list).to_dict()
+    titled, problems = dict(zip(contracts['contract_id'], contracts['title'])), []
+    for title in dict.fromkeys(titles):
+        ids = by_key.get(text_key(title), [])
+        near = difflib.get_close_matches(text_key(title), by_key, 1)
+        hint = f' (the nearest: {titled[by_key[near[0]][0]]!r})' if near else ''
+        if not ids: problems.append(f'no contract is called {title!r}{hint}')
+        elif len(ids) > 1: problems.append(f'{len(ids)} contracts are called {title!r}: {", ".join(ids[:3])}')
+    if problems: raise PairError(problems)
+    return [by_key[text_key(title)][0] for title in titles]
+
+def known_pairs(
+    prices: str,                 # as of `read_prices`
+    contracts: str|None,         # as of `read_contracts`; None: ids stand for titles
+    pairs: list[tuple[str, str]],   # titles of both contracts
+    as_of: str = '',             # as of `AsOf`; '': the time of the last price
+    quotes: int = 5,
+    **options                    # as of `make_labels`
+) -> pd.DataFrame:               # a row for each: titles, contract ids, as_of and `PAST`
+    "What prices up to a time tell about some pairs; `PairError` for a title that is none of the contracts'"
+    rules, _, options = _split_options(options)
+    market = read_market(prices, contracts, rules, all_pairs=False, **options)
+    series, found = market.series, pd.DataFrame(pairs, columns=TITLES, dtype=object)
+    for title, name in zip(TITLES, NAMES): found[name] = _find_titles(found[title].tolist(), market.contracts)
+    ends = np.column_stack([series.ids.get_indexer(found[name]) for name in NAMES])
+    asked = AsOf(as_of or str(pd.Timestamp(series.times.max(), unit='us')), None, quotes)
+    known = known_at(series, ends, rules, asked.cuts(series, ends, rules), quotes)
+    return found.join(known[['as_of', *PAST]])

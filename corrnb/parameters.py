@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Whole', 'Number', 'Comparison', 'Tracker', 'PARAMETERS', 'FROM_SETTINGS', 'FILES', 'NO_FILES', 'PipelineError',
            'ParameterError', 'TrainingConfig', 'RunConfig', 'describe', 'default_of', 'parameters_cell',
-           'profile_names', 'read_profile', 'check_parameters', 'resolve_parameters', 'describe_sources']
+           'profile_names', 'read_profile', 'check_parameters', 'check_as_of', 'resolve_parameters', 'describe_sources']
 
 # %% ../nbs/18_parameters.ipynb #d79f6776
 import difflib
@@ -50,6 +50,18 @@ def _optimizer(name: str) -> str:
     from transformers.training_args import OptimizerNames  # loads torch
     if name in list(OptimizerNames): return name
     raise ValueError(f'unknown optim {name!r}: one of {", ".join(OptimizerNames)}')
+
+def _as_of(text: str) -> str:
+    if not text: return ''
+    from corrnb.as_of import asked_at  # loads pandas
+    asked_at(text)
+    return text
+
+def _period(text: str) -> str:
+    if not text: return ''
+    from corrnb.prices import time_length  # loads pandas
+    time_length(text, 'period')
+    return text
 
 def _tracker(name: str) -> str:
     if util.find_spec(name): return name
@@ -99,6 +111,11 @@ class RunConfig(TrainingConfig):
     "All that can be set about a run; ValueError for a value that makes no sense"
     pairs: str = Field('demo', description="'demo' (the embedded market), 'database', or a CSV or Parquet file")
     prices: str = Field('', description='file, folder or zip of prices: pairs are measured from them')
+    as_of: Annotated[str, AfterValidator(_as_of)] = Field(
+        '', description="a date: labels from prices after it, all else from before; or 'middle', of each history")
+    period: Annotated[str, AfterValidator(_period)] = Field(
+        '', description='how long a time after as_of labels measure, such as 30D; empty: all of it')
+    quotes: Whole = Field(5, gt=0, description='last observations up to as_of that make a quote')
     contracts: str = Field('', description='file with contract_id and event_id, so that whole events are held out')
     target: str = Field('underlying_event_correlation', min_length=1, description='column to learn and predict')
     split_by: Literal['contract', 'random', 'time'] = Field(
@@ -254,6 +271,13 @@ def check_parameters(
     return config
 
 # %% ../nbs/18_parameters.ipynb #7ed09877
+def check_as_of(config: RunConfig):
+    "ParameterError where a time of asking lacks what it needs"
+    if config.as_of and not config.prices:
+        raise ParameterError('as_of: labels behind a date are measured from prices: give --prices, not --pairs '
+                             '(pairs that `corrnb label --as-of` has written bring their own as_of)')
+    if config.period and not config.as_of: raise ParameterError('period: it begins at as_of: give --as-of, too')
+
 def resolve_parameters(
     profile: dict|None = None,       # values of the profile
     overrides: dict|None = None,     # values of `-p`
@@ -264,6 +288,7 @@ def resolve_parameters(
     found = {n: getattr(settings, s) for n, s in FROM_SETTINGS.items() if s in settings.model_fields_set}
     layers = {'environment': found, 'profile': profile or {}, '-p': overrides or {}}
     config = check_parameters({n: v for layer in layers.values() for n, v in layer.items()})
+    check_as_of(config)
     sources = {n: source for source, layer in layers.items() for n in layer}
     return config, {n: s for n, s in sources.items() if getattr(config, n) != default_of(n)}
 

@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 
 from .answers import AnswerDistribution, AnswerGrid
+from .as_of import check_known
 from .baselines import baseline_predictions, training_distribution
 from .batches import TrainingRows
 from .comparisons import COMPARISONS, chosen_comparisons, train_comparison
@@ -36,8 +37,9 @@ from .intervals import intervals_record, method_differences, split_intervals
 from .labelling import pairs_from_prices
 from .manifests import save_trained
 from .models import add_lora, encode, load_model, load_tokenizer
-from .parameters import RunConfig
+from .parameters import RunConfig, check_as_of
 from .prompts import ANSWER_PREFIX, DETAILS, ContractTexts, drop_far
+from .quotes import fill_quotes
 from .rag import PairRetriever, rows_fingerprint
 from .schema import make_engine, read_pairs_table
 from .splits import limit_pairs, split_pairs
@@ -52,15 +54,22 @@ def _demo_pairs(run: Path, target: str) -> pd.DataFrame:
     pairs = check_pairs(read_pairs_table(engine, target), target)
     return pairs.assign(true_correlation=pairs.underlying_event_correlation)
 
+def _measured_pairs(config: RunConfig) -> pd.DataFrame:
+    "The pairs that prices give, with what was known at the time of asking, if there is one"
+    asked = dict(as_of=config.as_of, period=config.period, quotes=config.quotes) if config.as_of else {}
+    return check_pairs(pairs_from_prices(config.prices, config.contracts or None, **asked), config.target)
+
 def prepare(
     config: RunConfig,
     run: Path           # run folder; made if need be
 ) -> pd.DataFrame:      # rows with `pair_key`, `split` and `novelty`; PairError for rows that cannot be used
     "Read the pairs, check them once, and split them so that nothing leaks"
     (run/'figures').mkdir(parents=True, exist_ok=True)
-    if config.prices: pairs = check_pairs(pairs_from_prices(config.prices, config.contracts or None), config.target)
+    check_as_of(config)
+    if config.prices: pairs = _measured_pairs(config)
     elif config.pairs == 'demo': pairs = _demo_pairs(run, config.target)
     else: pairs = read_pairs(config.pairs, config.target, config.contracts or None)
+    pairs = fill_quotes(check_known(pairs))
     pairs = split_pairs(add_pair_keys(pairs), config.split_by, seed=config.split_seed, forms=config.split_forms)
     pairs = limit_pairs(pairs, config.limit, config.limit_held_out, config.split_seed)
     atomic_write(run/'pairs.parquet', pairs.to_parquet())
