@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'SAME_TITLE', 'OTHER_SIDE', 'WINDOW', 'PART', 'label_rows', 'write_labels', 'Market', 'read_market',
-           'Labelled', 'label_market', 'rows_file', 'make_labels', 'pairs_from_prices', 'known_pairs']
+           'Labelled', 'label_market', 'rows_file', 'make_labels', 'pairs_from_prices', 'known_pairs', 'ask_pairs']
 
 # %% ../nbs/08_labelling.ipynb #9126db84
 import difflib
@@ -91,12 +91,15 @@ def _pair_kind(rows: pd.DataFrame) -> pd.Series:
     kind = pd.Series('other_event', rows.index, dtype=object).mask(a == b, 'same_event')
     return kind.mask(a.isna() | b.isna(), None)
 
+def _ids_at(ids, times: pd.Series) -> list[str]:
+    "Ids of pairs with the time at which they are asked about"
+    when = times.map(lambda t: t.strftime('%Y-%m-%d' if t == t.normalize() else '%Y-%m-%dT%H:%M:%S'))
+    return [f'{i}@{t}' for i, t in zip(ids, when)]
+
 def _row_ids(labels: pd.DataFrame) -> list[str]:
     "16 digits of the pair, and where it is asked about at a time, that time"
     ids = [h[:16] for h in _pair_ids(labels)]
-    if 'as_of' not in labels: return ids
-    when = labels['as_of'].map(lambda t: t.strftime('%Y-%m-%d' if t == t.normalize() else '%Y-%m-%dT%H:%M:%S'))
-    return [f'{i}@{t}' for i, t in zip(ids, when)]
+    return _ids_at(ids, labels['as_of']) if 'as_of' in labels else ids
 
 def label_rows(
     labels: pd.DataFrame,     # as from `pair_correlations` or `correlations_as_of`
@@ -385,3 +388,21 @@ def known_pairs(
     asked = AsOf(as_of or str(pd.Timestamp(series.times.max(), unit='us')), None, quotes)
     known = known_at(series, ends, rules, asked.cuts(series, ends, rules), quotes)
     return found.join(known[['as_of', *PAST]])
+
+# %% ../nbs/08_labelling.ipynb #asof0110
+def ask_pairs(
+    pairs: pd.DataFrame,    # with id, contract_a_id, contract_b_id, and whatever else
+    series: PriceSeries,
+    asked: Sequence[AsOf]   # times of asking
+) -> pd.DataFrame:          # a row for each pair and time with a label: measured behind the time, with `PAST`
+    "Pairs with other labels, and what was known of them; prints how many have none"
+    rules, found = LabelRules(**PART), []
+    for a in asked:
+        a.check(series)
+        measured = measure_pairs(series, pairs, rules, a.measure)
+        measured = measured[measured['reason'] == ''].drop(columns=[*NAMES, 'reason'])
+        rest = pairs.loc[measured.index].drop(columns=[c for c in measured if c in pairs])
+        found.append(rest.assign(id=_ids_at(rest['id'], measured['as_of'])).join(measured))
+    rows = pd.concat(found, ignore_index=True)
+    print(f'{len(rows):,} of {len(pairs) * len(asked):,} pairs have a label behind the time of asking')
+    return rows

@@ -273,7 +273,7 @@ def check_parameters(
 # %% ../nbs/18_parameters.ipynb #7ed09877
 def check_as_of(config: RunConfig):
     "ParameterError where a time of asking lacks what it needs"
-    if config.as_of and not config.prices:
+    if config.as_of and not config.prices and config.pairs != 'demo':
         raise ParameterError('as_of: labels behind a date are measured from prices: give --prices, not --pairs '
                              '(pairs that `corrnb label --as-of` has written bring their own as_of)')
     if config.period and not config.as_of: raise ParameterError('period: it begins at as_of: give --as-of, too')

@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from .answers import AnswerDistribution, AnswerGrid
-from .as_of import check_known
+from .as_of import asked_at, check_known
 from .baselines import baseline_predictions, training_distribution
 from .batches import TrainingRows
 from .comparisons import COMPARISONS, chosen_comparisons, train_comparison
@@ -34,10 +34,11 @@ from .evaluation import LEVELS, Evaluation, format_table, save_metrics
 from .files import atomic_write, require
 from .inference import Asked, CorrelationPredictor, Prediction
 from .intervals import intervals_record, method_differences, split_intervals
-from .labelling import pairs_from_prices
+from .labelling import ask_pairs, pairs_from_prices
 from .manifests import save_trained
 from .models import add_lora, encode, load_model, load_tokenizer
 from .parameters import RunConfig, check_as_of
+from .prices import price_series
 from .prompts import ANSWER_PREFIX, DETAILS, ContractTexts, drop_far
 from .quotes import fill_quotes
 from .rag import PairRetriever, rows_fingerprint
@@ -47,17 +48,21 @@ from .stack import Members, Stack, equal_weights, fit_members, fit_stack, load_m
 from .training import RegressionAugmentedTrainer, make_trainer
 
 # %% ../nbs/31_stages.ipynb #cf4b9f09
-def _demo_pairs(run: Path, target: str) -> pd.DataFrame:
+def _asked(config: RunConfig) -> dict:
+    "When pairs are asked about, if that is at a time"
+    return dict(as_of=config.as_of, period=config.period, quotes=config.quotes) if config.as_of else {}
+
+def _demo_pairs(run: Path, config: RunConfig) -> pd.DataFrame:
     "The pairs of the embedded market, with the truth"
-    engine = make_engine(f'sqlite:///{run/"market.sqlite"}')
-    write_demo(engine, simulate_market())
-    pairs = check_pairs(read_pairs_table(engine, target), target)
+    engine, market = make_engine(f'sqlite:///{run/"market.sqlite"}'), simulate_market()
+    write_demo(engine, market)
+    pairs = check_pairs(read_pairs_table(engine, config.target), config.target)
+    if config.as_of: pairs = ask_pairs(pairs, price_series(market.prices), asked_at(**_asked(config)))
     return pairs.assign(true_correlation=pairs.underlying_event_correlation)
 
 def _measured_pairs(config: RunConfig) -> pd.DataFrame:
     "The pairs that prices give, with what was known at the time of asking, if there is one"
-    asked = dict(as_of=config.as_of, period=config.period, quotes=config.quotes) if config.as_of else {}
-    return check_pairs(pairs_from_prices(config.prices, config.contracts or None, **asked), config.target)
+    return check_pairs(pairs_from_prices(config.prices, config.contracts or None, **_asked(config)), config.target)
 
 def prepare(
     config: RunConfig,
@@ -67,7 +72,7 @@ def prepare(
     (run/'figures').mkdir(parents=True, exist_ok=True)
     check_as_of(config)
     if config.prices: pairs = _measured_pairs(config)
-    elif config.pairs == 'demo': pairs = _demo_pairs(run, config.target)
+    elif config.pairs == 'demo': pairs = _demo_pairs(run, config)
     else: pairs = read_pairs(config.pairs, config.target, config.contracts or None)
     pairs = fill_quotes(check_known(pairs))
     pairs = split_pairs(add_pair_keys(pairs), config.split_by, seed=config.split_seed, forms=config.split_forms)
