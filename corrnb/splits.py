@@ -144,9 +144,10 @@ def _pair_keys(pairs: pd.DataFrame, forms: bool=False) -> pd.Series:
 def _times(pairs: pd.DataFrame) -> pd.Series:
     "When each pair came up; `PairError` if that is not known for all of them"
     opened = ['contract_a_open_date', 'contract_b_open_date']
-    columns = ['created_at'] if 'created_at' in pairs and pairs.created_at.notna().any() else opened
+    given = [c for c in ('as_of', 'created_at') if c in pairs and pairs[c].notna().any()]
+    columns = given[:1] or opened
     if any(c not in pairs for c in columns):
-        raise PairError([f'a split by time needs created_at, or {" and ".join(opened)}'])
+        raise PairError([f'a split by time needs as_of, created_at, or {" and ".join(opened)}'])
     times = pd.DataFrame({c: pd.to_datetime(pairs[c], utc=True, format='ISO8601', errors='coerce') for c in columns})
     problems = []
     for i in np.flatnonzero(times.isna().any(axis=1)):
@@ -154,6 +155,18 @@ def _times(pairs: pd.DataFrame) -> pd.Series:
         problems.append(f'row {i + 1} (id {pairs["id"].iloc[i]}): {", ".join(wrong)}')
     if problems: raise PairError(problems, f'{len(problems)} of {len(pairs)} rows have no time to split by:')
     return times.max(axis=1)
+
+def _known_in_time(pairs: pd.DataFrame, sides: np.ndarray) -> np.ndarray:   # (rows,) true or false
+    "Which labels are known when the next side is first asked about; `PairError` if a side has none"
+    if not {'as_of', 'period_end'} <= {*pairs}: return np.ones(len(pairs), bool)
+    asked, end = (pd.to_datetime(pairs[c], utc=True).to_numpy() for c in ('as_of', 'period_end'))
+    late = np.zeros(len(pairs), bool)
+    for side, later in zip(SIDES, SIDES[1:]): late |= (sides == side) & (end > asked[sides == later].min())
+    if late.any(): print(f'left out, their label is not known when the next side is asked about: {late.sum()} rows')
+    if empty := [s for s in SIDES if not (sides[~late] == s).any()]:
+        raise PairError([f'no label of {" and ".join(empty)} is known when the next side is asked about: '
+                         'ask at more dates (as_of), or over a shorter period'])
+    return ~late
 
 # %% ../nbs/04_splits.ipynb #13b80303
 def split_pairs(
@@ -177,6 +190,8 @@ def split_pairs(
     if by == 'time':
         place, _ = pd.factorize(_times(pairs), sort=True)
         sides = _cut(place, fractions, 'nearly all of them have the same time')
+        known = _known_in_time(pairs, sides)
+        pairs, sides = pairs[known].reset_index(drop=True), sides[known]
     elif by == 'contract': sides = _deal(contract_groups(pairs, forms=forms), fractions, seed)
     else: sides = _deal(_pair_keys(pairs, forms).to_numpy(object)[:, None], fractions, seed)
     return add_novelty(pairs.assign(split=sides))
