@@ -171,14 +171,14 @@ class AsOf:
         time_length(self.period, 'period')
         if self.quotes < 1: raise ValueError(f'quotes is {self.quotes}, but a quote needs at least 1 observation')
 
-    def check(self, series: PriceSeries):
-        "ValueError where no price is on one of both sides of the date"
+    def check(self, series: PriceSeries, behind: bool = True):
+        "ValueError where no price is before the date, or, for labels, none behind it"
         if self.when == MIDDLE or not len(series.times): return
         first, last, at = series.times.min(), series.times.max(), read_moment(self.when)
-        if first <= at < last: return
+        if first <= at and (at < last or not behind): return
         days = ' to '.join(f'{pd.Timestamp(t, unit="us"):%Y-%m-%d}' for t in (first, last))
         raise ValueError(f'as_of is {self.when}, but there are prices {"after" if at < first else "before"} it only '
-                         f'({days}): a label needs prices on both sides')
+                         f'({days})' + (': a label needs prices on both sides' if behind else ''))
 
     def cuts(self, series: PriceSeries, ends: np.ndarray, rules: LabelRules) -> np.ndarray:   # (n_pairs,) microseconds
         "The time of asking of each pair, `NEVER` where it has none"

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 
@@ -173,7 +173,7 @@ def _with_mirrors(info: pd.DataFrame, series: PriceSeries, transform: str) -> pd
 def _without(series: PriceSeries, out: np.ndarray) -> PriceSeries:
     "Series without some contracts: (n_contracts,) true or false"
     kept = series.kept(~out[np.repeat(np.arange(len(out)), np.diff(series.start))])
-    return PriceSeries(series.ids[~out], np.append(0, np.cumsum(np.diff(kept.start)[~out])), kept.times, kept.values)
+    return replace(kept, ids=series.ids[~out], start=np.append(0, np.cumsum(np.diff(kept.start)[~out])))
 
 def _first_sides(series: PriceSeries, info: pd.DataFrame) -> PriceSeries:
     "Series without the second side of contracts whose two sides both have prices"
@@ -385,7 +385,9 @@ def known_pairs(
     series, found = market.series, pd.DataFrame(pairs, columns=TITLES, dtype=object)
     for title, name in zip(TITLES, NAMES): found[name] = _find_titles(found[title].tolist(), market.contracts)
     ends = np.column_stack([series.ids.get_indexer(found[name]) for name in NAMES])
-    asked = AsOf(as_of or str(pd.Timestamp(series.times.max(), unit='us')), None, quotes)
+    last = str(pd.Timestamp(series.times.max(), unit='us'))
+    asked = AsOf(as_of or last, None, quotes)
+    asked.check(series, behind=False)
     known = known_at(series, ends, rules, asked.cuts(series, ends, rules), quotes)
     return found.join(known[['as_of', *PAST]])
 
