@@ -60,7 +60,7 @@ Profile = Annotated[str, typer.Option(metavar='NAME', help='quick, cpu, h100, h1
 Pairs = _option(str, 'FILE', "your pairs: a .csv or .parquet file, 'database' or 'demo'")
 Contracts = _option(str, 'FILE', 'a file of contracts whose event_id keeps events together in the split')
 Prices = _option(str, 'FILE', 'prices instead of pairs: a file, folder or zip, from which pairs are measured')
-AsOf = _option(str, 'DATE', "labels from prices after it, all else from before; or 'middle', of each history")
+AsOf = _option(str, 'DATE', "labels from after it, all else from before it; or the 'middle' of each history")
 Period = _option(str, 'TIME', 'how long a time after --as-of labels measure, such as 30D (default: all that follows)')
 Target = _option(str, 'COLUMN', 'column to predict')
 Name = _option(str, 'NAME', 'of the folder (default: the profile and a hash of parameters and files)')

@@ -112,7 +112,7 @@ class RunConfig(TrainingConfig):
     pairs: str = Field('demo', description="'demo' (the embedded market), 'database', or a CSV or Parquet file")
     prices: str = Field('', description='file, folder or zip of prices: pairs are measured from them')
     as_of: Annotated[str, AfterValidator(_as_of)] = Field(
-        '', description="a date: labels from prices after it, all else from before; or 'middle', of each history")
+        '', description="labels from after this date, all else from before it; or 'middle' of each history")
     period: Annotated[str, AfterValidator(_period)] = Field(
         '', description='how long a time after as_of labels measure, such as 30D; empty: all of it')
     quotes: Whole = Field(5, gt=0, description='last observations up to as_of that make a quote')
