@@ -406,5 +406,5 @@ def ask_pairs(
         rest = pairs.loc[measured.index].drop(columns=[c for c in measured if c in pairs])
         found.append(rest.assign(id=_ids_at(rest['id'], measured['as_of'])).join(measured))
     rows = pd.concat(found, ignore_index=True)
-    print(f'{len(rows):,} of {len(pairs) * len(asked):,} pairs have a label behind the time of asking')
+    print(f'{len(rows):,} of {len(pairs) * len(asked):,} rows have a label behind the time of asking')
     return rows
