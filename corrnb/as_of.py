@@ -128,7 +128,8 @@ def known_at(
     rules: LabelRules,    # as of the labels
     until: np.ndarray,    # (n_pairs,) time of asking, in microseconds since 1970
     quotes: int = 5       # last observations that make a quote
-) -> pd.DataFrame:        # as_of, past_correlation, past_fisher_z_se, past_n_changes, past_end, quote_a, quote_b
+) -> pd.DataFrame:        # as_of, past_correlation, past_fisher_z_se, past_end (missing where there are too few),
+                          # past_n_changes (those that there are), quote_a, quote_b
     "What prices up to a time tell about each pair: nothing behind it is looked at"
     ends, rules, begin = np.ascontiguousarray(ends, 'int64'), past_rules(rules), np.full(len(ends), EVER[0])
     past = measure_block(series, ends, rules, begin, until)

@@ -378,12 +378,16 @@ def known_pairs(
     as_of: str = '',             # as of `AsOf`; '': the time of the last price
     quotes: int = 5,
     **options                    # as of `make_labels`
-) -> pd.DataFrame:               # a row for each: titles, contract ids, as_of and `PAST`
+) -> pd.DataFrame:               # a row for each: titles as given, contract ids, `FIELDS`, as_of and `PAST`
     "What prices up to a time tell about some pairs; `PairError` for a title that is none of the contracts'"
     rules, _, options = _split_options(options)
     market = read_market(prices, contracts, rules, all_pairs=False, **options)
     series, found = market.series, pd.DataFrame(pairs, columns=TITLES, dtype=object)
-    for title, name in zip(TITLES, NAMES): found[name] = _find_titles(found[title].tolist(), market.contracts)
+    info = market.contracts.set_index('contract_id')
+    for title, name in zip(TITLES, NAMES):
+        found[name] = _find_titles(found[title].tolist(), market.contracts)
+        fields_there = [f for f in FIELDS[1:] if f in info]
+        found = found.assign(**{name.replace('id', f): info.loc[found[name], f].array for f in fields_there})
     ends = np.column_stack([series.ids.get_indexer(found[name]) for name in NAMES])
     last = str(pd.Timestamp(series.times.max(), unit='us'))
     asked = AsOf(as_of or last, None, quotes)
