@@ -125,8 +125,8 @@ class FrozenBlocks:
     ) -> torch.Tensor:  # (rows, columns, hidden), zero at padding
         "States after the frozen blocks"
         ids = inputs['input_ids']
-        real = real.to(ids.device)
-        keys = [(tuple(start), row[r].cpu().numpy().tobytes()) for row, r in zip(ids, real)]
+        read = zip(ids.cpu().numpy(), real.cpu().numpy())   # a GPU is waited for once, not for each row
+        keys, real = [(tuple(start), row[r].tobytes()) for row, r in read], real.to(ids.device)
         new, found = [j for j, k in enumerate(keys) if k not in self.known], {}
         if new:
             unknown = {k: inputs[k][new] for k in ('input_ids', 'position_ids', 'attention_mask')}

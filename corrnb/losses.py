@@ -13,7 +13,7 @@ from .answers import AnswerDistribution
 
 # %% ../nbs/17_losses.ipynb #ea41f042
 def soft_targets(
-    values: torch.Tensor,  # grid of correlations, ascending, (n_values,)
+    values: torch.Tensor,  # grid of correlations, ascending, (n_values,); best on the CPU, as it is looked at
     y: torch.Tensor,       # labels in [-1, 1], (rows,)
     z_se: torch.Tensor,    # standard error of atanh(label), (rows,); 0 for an exact label
     transform=torch.atanh  # increasing, to the scale of the standard error; for other numbers than correlations
@@ -21,11 +21,13 @@ def soft_targets(
     "Probability of each cell under a Gaussian around the label in Fisher z; ValueError for a grid beyond [-1, 1]"
     values = values.double()
     edges = transform((values[1:] + values[:-1])/2)
-    margin = (values[-1] - values[0])/2000     # atanh(1) is infinite
+    margin = (values[-1] - values[0]).item()/2000   # atanh(1) is infinite
+    low, high = values[0].item() + margin, values[-1].item() - margin
     if not edges.isfinite().all():
         raise ValueError('the grid goes beyond [-1, 1], where Fisher z ends: give another transform')
-    edges = torch.cat([edges.new_tensor([-torch.inf]), edges, edges.new_tensor([torch.inf])])
-    z = transform(y.double().clamp(values[0] + margin, values[-1] - margin))[:, None]
+    edges = F.pad(edges, (1, 1), value=torch.inf).to(y.device)
+    edges[0] = -torch.inf
+    z = transform(y.double().clamp(low, high))[:, None]
     cells = torch.special.ndtr((edges - z)/z_se.double()[:, None].clamp_min(1e-6)).diff(dim=-1)
     return cells.float()
 

@@ -101,16 +101,33 @@ def texts_of(config: RunConfig) -> ContractTexts:
 
 def _vectors_cache() -> Path: return Settings().MODEL_CACHE_DIR/'embeddings'
 
+def _baselines(config, retriever, pairs) -> pd.DataFrame:
+    "Baselines of validation rows, which know training rows, and of test rows, which know both; by id"
+    found = []
+    for side, splits in (('val', ['train']), ('test', ['train', 'val'])):
+        known, asked = pairs[pairs.split.isin(splits)], pairs[pairs.split == side]
+        if not len(asked): continue
+        knowing = retriever.given(known.reset_index(drop=True))
+        vectors = dict(train_vectors=knowing.vectors(known), row_vectors=knowing.vectors(asked))
+        near = knowing.known(asked, max(1, config.rag_top_k))
+        points = baseline_predictions(known, asked, config.target, neighbours=near, **vectors)
+        found.append(points.set_axis(asked.id))
+    seconds = [p.attrs.pop('seconds_per_query') for p in found]
+    joined = pd.concat(found, join='inner') if found else pd.DataFrame()   # without a baseline that failed on one side
+    joined.attrs['seconds_per_query'] = {n: float(np.mean([s[n] for s in seconds])) for n in joined}
+    return joined
+
 def build_index(
     config: RunConfig,
     run: Path           # run folder, prepared
 ) -> PairRetriever:
-    "Embed the contracts and index the training pairs"
+    "Embed the contracts, index the training pairs, and predict the held-out rows by the baselines"
     pairs = pd.read_parquet(require('prepare', run/'pairs.parquet'))
     tokenizer, model = _load_model(config)
     pairs = texts_of(config)(pairs, tokenizer)
     retriever = PairRetriever.build(pairs, config.target, model, tokenizer, config.embedding_layers, _vectors_cache())
     retriever.save(run/'index')
+    atomic_write(run/'baselines.parquet', _baselines(config, retriever, pairs).to_parquet())
     return retriever
 
 # %% ../nbs/31_stages.ipynb #c49720bf
@@ -292,23 +309,14 @@ def _untuned(predictor, rows, near, tuned: AnswerDistribution) -> AnswerDistribu
         print('the adapter changes nothing: the checkpoint that was kept is from before the first update')
     return found
 
-def _other_forecasts(config, run, retriever, k, train, val, rows) -> tuple[pd.DataFrame, dict]:
-    "Baselines and members of validation rows, which know training rows, and of test rows, which know both"
-    points, forecasts = [], []
-    for side, splits, known in (('val', ('train',), train), ('test', ('train', 'val'), pd.concat([train, val]))):
+def _member_forecasts(run, retriever, rows) -> dict[str, AnswerDistribution]:
+    "Members' forecasts of validation rows, which know training rows, and of test rows, which know both"
+    forecasts = []
+    for side, splits in (('val', ('train',)), ('test', ('train', 'val'))):
         asked = rows[rows.split == side]
-        if not len(asked): continue
-        members = load_members(run/'model'/'members', retriever, splits)
-        forecasts.append(members.forecasts(asked))
-        vectors = dict(train_vectors=members.retriever.vectors(known), row_vectors=members.retriever.vectors(asked))
-        near = members.retriever.known(asked, k)
-        points.append(baseline_predictions(known, asked, config.target, neighbours=near, **vectors))
-    seconds = [p.attrs.pop('seconds_per_query') for p in points]
-    found = {name: AnswerDistribution(d.values, torch.cat([f[name].log_probs for f in forecasts]))
-             for name, d in forecasts[0].items()}
-    joined = pd.concat(points, join='inner')   # without a baseline that has failed on one side
-    joined.attrs['seconds_per_query'] = {n: float(np.mean([s[n] for s in seconds])) for n in joined}
-    return joined, found
+        if len(asked): forecasts.append(load_members(run/'model'/'members', retriever, splits).forecasts(asked))
+    return {name: AnswerDistribution(d.values, torch.cat([f[name].log_probs for f in forecasts]))
+            for name, d in forecasts[0].items()}
 
 def forecast(
     config: RunConfig,
@@ -319,6 +327,7 @@ def forecast(
     rows = limit_pairs(pd.concat([train, val, test], ignore_index=True), 0, config.samples)
     rows = rows[rows.split != 'train'].reset_index(drop=True)
     require('train', run/'model'/'members')   # an older run has none
+    baselines = require('index', run/'baselines.parquet')
     predictor = CorrelationPredictor.from_run(run, target=config.target, batch_tokens=config.eval_batch_tokens,
                                               both_orders=config.both_orders, known=())
     train, val, rows = (predictor.texts(side, predictor.grid.tokenizer) for side in (train, val, rows))
@@ -331,7 +340,8 @@ def forecast(
     alone = predictor.model_distribution(rows, near, progress=True)
     clock.append(time.perf_counter())
     compared, lacking = _comparisons(config, run, predictor, rows)
-    points, members = _other_forecasts(config, run, retriever, max(1, predictor.k), train, val, rows)
+    members, points = _member_forecasts(run, retriever, rows), pd.read_parquet(baselines).loc[rows.id]
+    points = points.set_axis(rows.index)
     forecasts = {'untuned_model': _untuned(predictor, rows, near, alone)} if config.untuned else {}
     forecasts |= compared | members | {'language_model': alone}
     stack = predictor.stack if config.use_rag else None

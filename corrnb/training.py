@@ -72,7 +72,7 @@ class RegressionAugmentedTrainer(Trainer):
         log_probs, text = self._answers(model, inputs)
         y, z_se = (inputs[k].to(log_probs.device) for k in ('values', 'z_se'))
         dist = AnswerDistribution(self.grid.values.to(log_probs.device), log_probs)
-        targets = soft_targets(dist.values, y, z_se) if self.config.soft_targets else self.grid.index(y)
+        targets = soft_targets(self.grid.values, y, z_se) if self.config.soft_targets else self.grid.index(y)
         regression = regression_loss(dist, y, self.config.regression_loss_type)
         return dict(number=number_ce(log_probs, targets), text=text, regression=regression), dist
 
