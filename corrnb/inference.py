@@ -24,6 +24,7 @@ from peft import PeftModel
 from transformers import StoppingCriteria
 
 from .answers import AnswerDistribution, AnswerGrid, figure_png
+from .as_of import PAST, check_known
 from .bounds import PRICED, pair_bounds, restrict
 from .config import Settings
 from .data import TITLES, PairError, add_pair_keys, check_pairs, text_key
@@ -31,6 +32,7 @@ from .embeddings import FrozenBlocks, n_frozen
 from .files import atomic_write, content_hash
 from .manifests import base_name, check_manifest, read_manifest
 from .models import encode, load_model, load_tokenizer, model_fingerprint, without_adapter
+from .past import PastUpdate, explain_steps
 from corrnb.prompts import (
     ANSWER_PREFIX,
     DETAILS,
@@ -63,6 +65,7 @@ class Prediction:
     reasoning: str|None = None
     members: dict[str, tuple] = field(default_factory=dict)  # weight and forecast of each member of the stack
     possible: tuple[float, float]|None = None     # what prices leave, where the forecast is restricted to it
+    known: list[str] = field(default_factory=list)   # how quotes and the past moved it, a sentence each
 
     @property
     def correlation(self) -> float: return min(1., max(-1., self.distribution.mean.item()))    # rounding may pass 1
@@ -91,6 +94,7 @@ class Prediction:
         if self.relation.reason: lines.append(f'logic: {self.relation.reason}')
         if self.possible: lines.append('prices leave [{:.2f}, {:.2f}]'.format(*self.possible))
         if self.members: lines.append('average of ' + ', '.join(map(_member, self.members.items())))
+        lines += self.known
         lines.append('similar pairs, nearest first:' if self.neighbours else 'no similar pairs were used')
         for n in self.neighbours:
             lines.append(f'  {format_correlation(n["value"]):>5}  {n["contract_a_title"]} | {n["contract_b_title"]}')
@@ -151,12 +155,14 @@ class CorrelationPredictor:
         both_orders: bool=True,              # average (A, B) and (B, A); False: only in alphabetical order, faster
         texts: ContractTexts=ContractTexts(),  # what is read of a contract
         target: str='underlying_event_correlation',  # what is predicted
-        bounded: bool=True  # leave out answers that prices exclude; only for the target named above
+        bounded: bool=True, # leave out answers that prices exclude; only for the target named above
+        past: PastUpdate|None=None  # what the stack's forecast becomes where the past of a pair is known
     ):
         self.model, self.grid, self.retriever, self.stack, self.members = model.eval(), grid, retriever, stack, members
         self.k, self.nearest_last, self.batch_tokens, self.both_orders = k, nearest_last, batch_tokens, both_orders
         self.texts, self.bounded = texts, bounded and target == 'underlying_event_correlation'
         if retriever is not None and members is not None: retriever.ahead = members.gp.layers   # one pass for both
+        self.past = past
         self.asked: Asked|None = None   # what it is asked is remembered
 
 # %% ../nbs/26_inference.ipynb #cf6cb913
@@ -200,7 +206,8 @@ def model_distribution(
 # %% ../nbs/26_inference.ipynb #e8f80887
 def _asked_rows(pairs) -> pd.DataFrame:
     "Pairs to predict as a frame with both titles and what else may be read; `PairError` names what is no pair"
-    read = [*dict.fromkeys(TITLES + [f'contract_{s}_{f}' for s in 'ab' for f in DETAILS] + RELATED + PRICED)]
+    read = TITLES + [f'contract_{s}_{f}' for s in 'ab' for f in DETAILS] + RELATED + PRICED + ['as_of', *PAST]
+    read = [*dict.fromkeys(read)]
     if isinstance(pairs, pd.DataFrame): return pairs[[c for c in read if c in pairs]]
     pairs = [*pairs]
     wrong = [f'pair {i + 1} is {reprlib.repr(p)}: it should be two titles' for i, p in enumerate(pairs)
@@ -212,25 +219,42 @@ def _asked_rows(pairs) -> pd.DataFrame:
 def predict_many(self: CorrelationPredictor, pairs, progress: bool=False) -> list[Prediction]:
     "Predict each (title, title), or each row of a frame with both; `PairError` names pairs with unusable titles"
     rows = _asked_rows(pairs)
-    if len(rows): rows = self.texts(add_pair_keys(check_pairs(rows, None)), self.grid.tokenizer)
+    if len(rows): rows = check_known(self.texts(add_pair_keys(check_pairs(rows, None)), self.grid.tokenizer))
     near, _ = self.neighbours(rows, self.k)
     stack = self.stack if self.retriever is not None and self.members is not None and len(rows) else None
     forecasts = self.members.forecasts(rows) if stack else {}
     if not stack or stack.weights.get('language_model', 0):   # what has no weight is not asked
         forecasts['language_model'] = self.model_distribution(rows, near, progress)
     dist = stack(forecasts) if stack else forecasts['language_model']
+    dist, told = self.after_past(dist, rows)
     low, high = pair_bounds(rows) if self.bounded else np.full((2, len(rows)), np.nan)
     dist = restrict(dist, low, high)
     possible = [limits if limits[0] <= limits[1] else None for limits in zip(low.tolist(), high.tolist())]
     means = {n: (w, forecasts[n].mean.tolist()) for n, w in (stack.weights if stack else {}).items() if w}
     return [Prediction(a, b, dist[i], near[i], members={n: (w, m[i]) for n, (w, m) in means.items()},
-                       possible=possible[i])
+                       possible=possible[i], known=told[i])
             for i, (a, b) in enumerate(zip(*(rows[c] for c in TITLES)))]
 
 @patch
-def predict(self: CorrelationPredictor, title_a: str, title_b: str, explain: bool=False) -> Prediction:
+def after_past(
+    self: CorrelationPredictor,
+    forecasts: AnswerDistribution,  # of rows, by the stack
+    rows: pd.DataFrame              # with what is known of them, see `as_of.known_at`
+) -> tuple[AnswerDistribution, list[list[str]]]:  # and what moved each, in words
+    "The forecasts after quotes and past correlations; without any they are as they were"
+    if self.past is None or not {'as_of', *PAST} & {*rows}: return forecasts, [[]]*len(rows)
+    steps = [forecasts, *self.past.explained(forecasts, rows)]
+    means = torch.stack([d.mean for d in steps], dim=1).tolist()
+    return steps[-1], [explain_steps(row, m) for row, m in zip(rows.to_dict('records'), means)]
+
+@patch
+def predict(
+    self: CorrelationPredictor, title_a: str, title_b: str, explain: bool=False,
+    past: dict|None=None  # what is known of the pair, a row as of `labelling.known_pairs`
+) -> Prediction:
     "Predict one pair, and with `explain` let the model write its reasons; `PairError` for empty or identical titles"
-    p = self.predict_many([(title_a, title_b)])[0]
+    asked = pd.DataFrame([(past or {}) | dict(zip(TITLES, (title_a, title_b)))], dtype=object)
+    p = self.predict_many(asked)[0]
     return replace(p, reasoning=self._reasoning(p)) if explain else p
 
 @patch
@@ -296,8 +320,9 @@ def from_folder(
     if index_dir: retriever = PairRetriever.load(index_dir, embedder, grid.tokenizer, cache)
     if retriever and stack and known: members = load_members(Path(model_dir)/'members', retriever, known)
     k, texts = facts.get('rag_top_k', Settings().RAG_TOP_K), ContractTexts(**facts.get('texts', {}))
+    past = PastUpdate(**facts['past']) if facts.get('past') else None
     return cls(model, grid, retriever, k, facts.get('nearest_last', True), stack, members, texts=texts,
-               target=facts['target'], **options)
+               target=facts['target'], past=past, **options)
 
 @patch(cls_method=True)
 def from_run(cls: CorrelationPredictor, run_dir: str|Path, device: str|None=None, **options):

@@ -30,20 +30,21 @@ from .config import Settings
 from .data import TITLES, add_pair_keys, check_pairs, read_pairs
 from .demo import DEMO_VERSION, simulate_market, write_demo
 from .embeddings import spread_layers
-from .evaluation import LEVELS, Evaluation, format_table, save_metrics
+from .evaluation import LEVELS, Evaluation, format_table, next_period_table, past_slope, save_metrics
 from .files import atomic_write, require
 from .inference import Asked, CorrelationPredictor, Prediction
-from .intervals import intervals_record, method_differences, split_intervals
+from .intervals import intervals_record, method_differences, node_weights, split_intervals
 from .labelling import ask_pairs, pairs_from_prices
 from .manifests import save_trained
 from .models import add_lora, encode, load_model, load_tokenizer
 from .parameters import RunConfig, check_as_of
+from .past import PastUpdate, fit_past
 from .prices import price_series
 from .prompts import ANSWER_PREFIX, DETAILS, ContractTexts, drop_far
 from .quotes import fill_quotes
 from .rag import PairRetriever, rows_fingerprint
 from .schema import make_engine, read_pairs_table
-from .splits import limit_pairs, split_pairs
+from .splits import contract_groups, limit_pairs, split_pairs
 from .stack import Members, Stack, equal_weights, fit_members, fit_stack, load_members, save_members
 from .training import RegressionAugmentedTrainer, make_trainer
 
@@ -166,6 +167,7 @@ class Trained:
     rows: TrainingRows
     members: Members                    # they know training and validation rows
     stack: Stack
+    past: PastUpdate                    # what the stack's forecast becomes where the past of a pair is known
     validation_crps: dict[str, float]   # of each member alone and of the stack
     cost: dict                          # as from `training_cost`
 
@@ -197,17 +199,24 @@ def warn_of_seen(
 def _measured(rows: pd.DataFrame, target: str) -> pd.DataFrame:  # label errors are those of measured prices
     return rows if target == 'price_correlation' else rows.drop(columns='fisher_z_se', errors='ignore')
 
-def _fit_stack(config, predictor, sides, near) -> tuple[Members, Stack, dict[str, float]]:
-    "The other members, the weights of all, and the CRPS of validation rows, whose labels none is given there"
+def _without_model(stack: Stack, members) -> Stack:
+    "The stack of the members that can be asked without their contracts"
+    total = sum(stack.weights.get(m, 0) for m in members)
+    return Stack({m: stack.weights.get(m, 0)/total for m in members}) if total else equal_weights(members)
+
+def _fit_stack(config, predictor, sides, near) -> tuple[Members, Stack, PastUpdate, dict[str, float]]:
+    "The other members, the weights of all, what a past does, and the CRPS of validation rows, whose labels none knows"
     train_rows, val, test = (_measured(side, config.target) for side in sides)
     known, layers = pd.concat([train_rows, val], ignore_index=True), tuple(spread_layers(predictor.model))
     members, held = fit_members(known, config.target, test.novelty, predictor.retriever, layers)
     labels, y = known[config.target].to_numpy(float)[held.row], val[config.target].to_numpy(float)
     forecasts = members.given(train_rows).forecasts(val)
     forecasts['language_model'] = predictor.model_distribution(val, near, progress=True)
-    stack = fit_stack(members.out_of_fold(known, held), labels, held.weight, forecasts, y)
+    asked = members.out_of_fold(known, held)
+    stack = fit_stack(asked, labels, held.weight, forecasts, y)
+    past = fit_past(known.iloc[held.row], _without_model(stack, asked)(asked), config.target, held.weight)
     crps = {n: d.crps(torch.tensor(y)).mean().item() for n, d in (forecasts | dict(stack=stack(forecasts))).items()}
-    return members, stack, crps
+    return members, stack, past, crps
 
 def _training_rows(target, training, model, grid, rows, near) -> TrainingRows:
     "Rows to learn from, with as many of their similar pairs as the model has room for"
@@ -243,9 +252,9 @@ def train(
     predictor = CorrelationPredictor(trainer.model, grid, retriever, config.rag_top_k, config.nearest_last,
                                      both_orders=config.both_orders)
     predictor.asked = Asked(trainer.model)
-    members, stack, crps = _fit_stack(config, predictor, (train_rows, val, test), found)
+    members, stack, past, crps = _fit_stack(config, predictor, (train_rows, val, test), found)
     if predictor.asked.frozen: predictor.model_distribution(val, found, tuned=False)   # cheap now
-    done = Trained(trainer, rows, members, stack, crps, training_cost(trainer.state.log_history))
+    done = Trained(trainer, rows, members, stack, past, crps, training_cost(trainer.state.log_history))
     _save_training(config, run, done, taught, made_from)
     predictor.asked.save(run/'asked.parquet')
     atomic_write(run/'comparisons.parquet', compared.to_parquet())
@@ -258,7 +267,8 @@ def _save_training(config, run, done: Trained, taught, made_from):
     facts = made_from | dict(use_4bit=config.use_4bit, rag_top_k=config.rag_top_k, nearest_last=config.nearest_last,
                              texts=asdict(texts_of(config)))
     trainer = done.trainer
-    save_trained(run/'model', trainer.model, trainer.grid, **facts, stack=asdict(done.stack), config=settings)
+    facts |= dict(stack=asdict(done.stack), past=asdict(done.past))
+    save_trained(run/'model', trainer.model, trainer.grid, **facts, config=settings)
     sides = pd.concat([texts_of(config)(side, trainer.grid.tokenizer) for side in read_sides(run)], ignore_index=True)
     (run/'model'/'members').mkdir(exist_ok=True)
     save_members(done.members, _measured(sides, config.target), run/'model'/'members')
@@ -350,6 +360,8 @@ def forecast(
         if config.untuned:
             forecasts['untuned_stack'] = stack(forecasts | {'language_model': forecasts['untuned_model']})
     forecasts['model'] = stack(forecasts) if stack else alone
+    after, _ = predictor.after_past(forecasts['model'], rows)
+    if after is not forecasts['model']: forecasts |= dict(without_past=forecasts['model'], model=after)
     for name, d in forecasts.items(): points[name] = d.mean.numpy()
     retrieval, asking = np.diff(clock)/(len(rows), max(1, len(predictor.asked.known[True]) - known))
     seconds = points.attrs.pop('seconds_per_query') | dict(language_model=retrieval + asking, model=retrieval + asking)
@@ -358,7 +370,7 @@ def forecast(
     return Forecasts(train, val, rows, predictor, near, nearest, points, forecasts, seconds, [*compared], lacking)
 
 # %% ../nbs/31_stages.ipynb #ab55b88b
-PARTS = ('language_model', 'neighbours', 'gp', 'equal_average', 'untuned_stack', 'model')  # no baselines
+PARTS = ('language_model', 'neighbours', 'gp', 'equal_average', 'untuned_stack', 'without_past', 'model')  # members
 
 @dataclass
 class Evaluated:
@@ -368,6 +380,7 @@ class Evaluated:
     intervals: dict[str, pd.DataFrame]   # of each side, as from `bootstrap_intervals`
     best: str                            # the baseline that was best on the validation rows
     peers: dict[str, dict]               # paired differences of the language model to others with the same prompts
+    next_period: pd.DataFrame|None       # of test rows with a past, as from `next_period_table`
     metrics: dict                        # what is written to metrics.json
 
 def evaluate(
@@ -387,10 +400,20 @@ def evaluate(
     intervals = split_intervals(evaluation)
     best = evaluation.best([m for m in f.points if m not in (*PARTS, *f.compared)])
     peers = method_differences(evaluation, 'language_model', ('untuned_model', *f.compared))
-    done = Evaluated(f, evaluation, intervals, best, peers, {})
+    done = Evaluated(f, evaluation, intervals, best, peers, _next_period(config, f), {})
     done.metrics = _metrics(config, run, done)
     _save_evaluation(run, done)
     return done
+
+def _next_period(config, f: Forecasts) -> pd.DataFrame|None:
+    "What the past of test rows says beside the forecasts, contracts resampled; None where no past is known"
+    of_test = (f.rows.split == 'test').to_numpy()
+    rows = f.rows[of_test]
+    if 'without_past' not in f.distributions or not rows.get('past_correlation', pd.Series()).notna().any(): return None
+    slope = past_slope(pd.concat([f.train, f.val]), config.target)
+    methods = {name: f.distributions[name][torch.tensor(of_test)] for name in ('without_past', 'model')}
+    weights = np.concatenate([*node_weights(*contract_groups(rows).T, n_boot=1000)])
+    return next_period_table(rows, dict(shrunk=slope*rows.past_correlation) | methods, config.target, weights)
 
 def _metrics(config, run, done: Evaluated) -> dict:
     "What is written to metrics.json"
@@ -402,6 +425,7 @@ def _metrics(config, run, done: Evaluated) -> dict:
         use_rag=config.use_rag, language_model_against=done.peers, on_grid_mass=mass.mean().item(),
         demo_version=DEMO_VERSION if 'true_correlation' in f.rows else None,
         cost=dict(seconds_per_query=f.seconds, training=json.loads(cost.read_text()) if cost.exists() else None),
+        next_period=None if done.next_period is None else done.next_period.to_dict('records'),
         stack=stack, note='train: each row as predicted when it was last trained on')
 
 def _save_evaluation(run, done: Evaluated):
@@ -409,6 +433,9 @@ def _save_evaluation(run, done: Evaluated):
     f, scores = done.forecasts, done.evaluation.scores[done.evaluation.target]
     for folder in (run, run/'model'): save_metrics(folder/'metrics.json', done.metrics)
     texts = [f'{heading}\n{format_table(table)}' for heading, table in done.evaluation.tables.items()]
+    if done.next_period is not None:
+        shown = done.next_period.round(3).to_string(index=False, na_rep='-')
+        texts.append(f'the next period, R2 against zero\n{shown}')
     last = '\n'.join(filter(None, [done.metrics['verdict'], f.lacking]))
     atomic_write(run/'metrics.txt', '\n\n'.join([*texts, last]) + '\n')
     dist, alone = f.distributions['model'], f.distributions['language_model']
