@@ -27,6 +27,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from tqdm import tqdm
 
 import corrnb
+from .as_of import KINDS, PAST
 from .bounds import PRICED, pair_bounds, restrict
 from corrnb.data import (
     BOOLEAN,
@@ -61,7 +62,8 @@ from corrnb.schema import (
 from .stack import Stack, equal_weights
 
 # %% ../nbs/36_blocks.ipynb #f258c8f5
-READ = ['id', 'is_active', *TITLES, *PRICED, *(f'contract_{s}_{f}' for s in 'ab' for f in ('id', 'event_id', *DETAILS))]
+READ = ['id', 'is_active', *TITLES, *PRICED, *(f'contract_{s}_{f}' for s in 'ab' for f in ('id', 'event_id', *DETAILS)),
+        'as_of', *PAST]
 
 def is_database(place: str) -> bool: return place == 'database' or '://' in place
 
@@ -101,7 +103,8 @@ def _kinds() -> dict:
     dates, texts = ([f'contract_{s}_{f}' for s in 'ab' for f in fields] for fields in
                     (('close_date',), ('category', 'description')))
     kinds = {c: k for c, k in column_kinds(ContractCorrelation).items() if c in READ and c != 'is_active'}
-    return kinds | dict.fromkeys(dates, TIMESTAMP) | dict.fromkeys(texts, TEXT)
+    known = {c: KINDS[c] for c in ('as_of', *PAST)}
+    return kinds | known | dict.fromkeys(dates, TIMESTAMP) | dict.fromkeys(texts, TEXT)
 
 def check_block(
     rows: pd.DataFrame,  # as from `read_blocks`
@@ -154,7 +157,7 @@ def forecast_block(
     "Forecasts of pairs as rows"
     rows = predictor.texts(add_pair_keys(rows), predictor.grid.tokenizer)
     found = member_forecasts(predictor, rows, [*stack.weights])
-    dist = stack(found)
+    dist, _ = predictor.after_past(stack(found), rows)
     if predictor.bounded: dist = restrict(dist, *pair_bounds(rows))
     low, high = dist.interval(0.9)
     numbers = dict(prediction=dist.mean.clamp(-1, 1), lower_90=low, upper_90=high,

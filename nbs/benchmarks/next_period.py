@@ -21,11 +21,12 @@ from corrnb.as_of import AsOf, correlations_as_of, known_at
 from corrnb.data import read_pairs
 from corrnb.demo import simulate_market
 from corrnb.embeddings import spread_layers
+from corrnb.evaluation import past_slope
 from corrnb.files import atomic_write
 from corrnb.labels import LabelRules, pair_correlations, pair_ends
 from corrnb.models import load_model, load_tokenizer
 from corrnb.parameters import RunConfig
-from corrnb.past import fit_past
+from corrnb.past import PastUpdate, fit_past
 from corrnb.prices import price_series
 from corrnb.rag import PairRetriever
 from corrnb.splits import contract_groups, contract_kfold
@@ -34,7 +35,7 @@ from corrnb.stack import fit_members, fit_pool
 TARGET, FOLDS = 'price_correlation', 5
 RULES = dict(events=LabelRules(None, min_changes=20, min_moves=5, min_joint_moves=0, max_share=1.),
              futures=LabelRules(None, last=1500), rolling=LabelRules(None, last=500))
-DATES = [f'{year}-01-01' for year in range(2008, 2016)]
+DATES = [f'{year}-01-01' for year in range(2005, 2016)]
 LENGTHS = (20, 40, 80, 120, 160, 200)   # days of the past in the simulated market
 
 
@@ -71,21 +72,25 @@ def retriever(rows: pd.DataFrame, results: Path) -> tuple[PairRetriever, tuple]:
     found = PairRetriever.build(rows.assign(split='train'), TARGET, model, tokenizer, layers, results/'vectors')
     return found, tuple(spread_layers(model))
 
-def one_fold(known: pd.DataFrame, rows: pd.DataFrame, embeds: tuple) -> pd.DataFrame:
-    "Rows with forecasts of a stack, a slope and an update that were fitted on the known rows"
-    return rows.assign(shrunk=slope(known)*rows.past_correlation, **forecasts(known, rows, embeds))
-
-def forecasts(known: pd.DataFrame, rows: pd.DataFrame, embeds: tuple) -> dict:
-    "Means and 90 % intervals of the stack without and with what is known, and the numbers of the update"
+def stacked(known: pd.DataFrame, rows: pd.DataFrame, embeds: tuple) -> tuple:
+    "The stack's forecasts of rows; and rows of the fit as often as they were asked, their forecasts and weights"
     members, held = fit_members(known, TARGET, rows.novelty, *embeds)
-    asked, labels = members.out_of_fold(known, held), known[TARGET].to_numpy()[held.row]
-    stack = fit_pool(asked, labels, held.weight)
-    update = fit_past(known.iloc[held.row], stack(asked), TARGET, held.weight)
-    before = stack(members.forecasts(rows))
+    asked = members.out_of_fold(known, held)
+    stack = fit_pool(asked, known[TARGET].to_numpy()[held.row], held.weight)
+    return stack(members.forecasts(rows)), (known.iloc[held.row], stack(asked), held.weight)
+
+def informed(update: PastUpdate, before: AnswerDistribution, rows: pd.DataFrame) -> pd.DataFrame:
+    "Rows with means and 90 % intervals without and with what is known, and the numbers of the update"
     quoted, after = update.explained(before, rows)
     found = {}
     for name, d in dict(forecast=before, quotes=quoted, with_past=after).items(): found |= described(name, d, rows)
-    return found | {f'update_{name}': x for name, x in asdict(update).items()}
+    return rows.assign(**found, **{f'update_{name}': x for name, x in asdict(update).items()})
+
+def one_fold(known: pd.DataFrame, rows: pd.DataFrame, embeds: tuple) -> pd.DataFrame:
+    "Rows with forecasts of a stack, a slope and an update that were fitted on the known rows"
+    before, (asked, of_asked, weight) = stacked(known, rows, embeds)
+    rows = rows.assign(shrunk=past_slope(known, TARGET)*rows.past_correlation)
+    return informed(fit_past(asked, of_asked, TARGET, weight), before, rows)
 
 def described(name: str, d: AnswerDistribution, rows: pd.DataFrame) -> dict:
     "Mean, interval and CRPS of a method"
@@ -93,20 +98,16 @@ def described(name: str, d: AnswerDistribution, rows: pd.DataFrame) -> dict:
     numbers = dict(low=low, high=high, crps=d.crps(torch.tensor(rows[TARGET].to_numpy(float))))
     return {name: d.mean.numpy()} | {f'{name}_{what}': x.numpy() for what, x in numbers.items()}
 
-def slope(rows: pd.DataFrame) -> float:
-    "The best factor of the past"
-    rows = rows[rows.past_correlation.notna()]
-    return float((rows.past_correlation*rows[TARGET]).sum()/(rows.past_correlation**2).sum())
-
-def by_contract(rows: pd.DataFrame, results: Path, known: pd.DataFrame|None=None) -> pd.DataFrame:
-    "Each fold of contracts from the others; `known`: the same pairs at an earlier time, to be learned from instead"
-    embeds, done = retriever(rows, results), []
+def contract_folds(rows: pd.DataFrame):
+    "Held-out and other rows of each fold of contracts"
     for fold in contract_kfold(rows, FOLDS):
-        test = rows[fold.split == 'test'].assign(novelty=fold.novelty)
-        train = rows[fold.split == 'train']
-        if known is not None: train = known[known.id.isin(train.id)]
-        done.append(one_fold(train.reset_index(drop=True), test.reset_index(drop=True), embeds))
-    return pd.concat(done, ignore_index=True)
+        of_test = (fold.split == 'test').to_numpy()
+        yield rows[of_test].assign(novelty=fold.novelty).reset_index(drop=True), rows[~of_test].reset_index(drop=True)
+
+def by_contract(rows: pd.DataFrame, results: Path) -> pd.DataFrame:
+    "Each fold of contracts from the others"
+    embeds = retriever(rows, results)
+    return pd.concat([one_fold(known, test, embeds) for test, known in contract_folds(rows)], ignore_index=True)
 
 def both_new(rows: pd.DataFrame, results: Path, folds: int=10) -> pd.DataFrame:
     "Each pair once, from pairs that share neither contract (nor event) with it"
@@ -121,15 +122,30 @@ def both_new(rows: pd.DataFrame, results: Path, folds: int=10) -> pd.DataFrame:
     return pd.concat(done, ignore_index=True)
 
 def rolling(results: Path) -> pd.DataFrame:
-    "Futures at each date: labels of the year that follows, all numbers from the year before and other contracts"
-    years = {date: asked_rows('futures', date, RULES['rolling'], '365D') for date in DATES}
-    done = []
-    for before, date in zip(DATES, DATES[1:]):
-        rows = years[date].assign(id=lambda r: r.contract_a_id + r.contract_b_id)
-        known = years[before].assign(id=lambda r: r.contract_a_id + r.contract_b_id)
-        found = by_contract(rows, results, known)
-        done.append(found.assign(ledoit_wolf=ledoit_wolf(found, date)))
+    """Futures at each date, labels of the year that follows: members from the labels of the year before and of other
+    contracts, update and slope from what was forecast at all dates before and has come out since"""
+    years = [asked_rows('futures', date, RULES['rolling'], '365D') for date in DATES]
+    embeds, earlier, done = retriever(years[-1], results), [], []
+    for before, now, date in zip(years, years[1:], DATES[1:]):
+        known_of = before.set_index(['contract_a_id', 'contract_b_id'])
+        found = []
+        for test, known in contract_folds(now):
+            pairs = pd.MultiIndex.from_frame(known[['contract_a_id', 'contract_b_id']]).intersection(known_of.index)
+            found.append((test, stacked(known_of.loc[pairs].reset_index(), test, embeds)[0]))
+        rows, forecast = joined(found)
+        if earlier:
+            past, of_past = joined(earlier)
+            slope = past_slope(past, TARGET)
+            rows = rows.assign(shrunk=slope*rows.past_correlation, ledoit_wolf=ledoit_wolf(rows, date))
+            done.append(informed(fit_past(past, of_past, TARGET), forecast, rows))
+        earlier.append((rows, forecast))
     return pd.concat(done, ignore_index=True)
+
+def joined(parts: list) -> tuple[pd.DataFrame, AnswerDistribution]:
+    "Rows and forecasts of all parts"
+    rows, forecasts = zip(*parts)
+    log_probs = torch.cat([f.log_probs for f in forecasts])
+    return pd.concat(rows, ignore_index=True), AnswerDistribution(forecasts[0].values, log_probs)
 
 def ledoit_wolf(rows: pd.DataFrame, date: str, days: int=500) -> np.ndarray:   # (n,), NaN without enough history
     "Correlations of the shrunk covariance of the last days before a date, changes scaled to one"
@@ -144,19 +160,22 @@ def ledoit_wolf(rows: pd.DataFrame, date: str, days: int=500) -> np.ndarray:   #
 
 def market(results: Path) -> pd.DataFrame:
     "The simulated market, correlations constant: labels from one draw of prices, pasts of several lengths from another"
-    now, before = simulate_market(0), simulate_market(1)
-    rows = now.pairs.reset_index(drop=True)
-    embeds, done = retriever(rows, results), []
-    for length in LENGTHS:
-        past = pair_correlations(before.prices, rows, None, length + 1, min(30, length - 3), 'logit')
-        names = dict(price_correlation='past_correlation', fisher_z_se='past_fisher_z_se', n_changes='past_n_changes')
-        asked = rows.join(past[[*names]].rename(columns=names)).assign(days=length)
-        asked = asked[asked.past_correlation.notna() & (asked.past_n_changes == length)].reset_index(drop=True)
-        for fold in contract_kfold(asked, FOLDS):
-            known, test = (asked[fold.split == side].assign(novelty=fold.novelty).reset_index(drop=True)
-                           for side in ('train', 'test'))
-            done.append(one_fold(known, test, embeds))
+    rows, before = simulate_market(0).pairs.reset_index(drop=True), simulate_market(1).prices
+    embeds, pasts, done = retriever(rows, results), {n: market_past(before, rows, n) for n in LENGTHS}, []
+    for fold in contract_kfold(rows, FOLDS):
+        of_test = (fold.split == 'test').to_numpy()
+        known, test = rows[~of_test].reset_index(drop=True), rows[of_test].assign(novelty=fold.novelty)
+        forecast, (asked, of_asked, weight) = stacked(known, test.reset_index(drop=True), embeds)
+        for length, past in pasts.items():
+            update = fit_past(asked.join(past[~of_test].reset_index(drop=True)), of_asked, TARGET, weight)
+            done.append(informed(update, forecast, test.join(past).assign(days=length)))
     return pd.concat(done, ignore_index=True)
+
+def market_past(prices: pd.DataFrame, rows: pd.DataFrame, days: int) -> pd.DataFrame:
+    "Correlations of the last days that both contracts were traded, missing where these are fewer"
+    names = dict(price_correlation='past_correlation', fisher_z_se='past_fisher_z_se', n_changes='past_n_changes')
+    found = pair_correlations(prices, rows, None, days + 1, days, 'logit')[[*names]].rename(columns=names)
+    return found.set_axis(rows.index)
 
 def experiment(name: str, results: Path) -> pd.DataFrame:
     "Held-out rows of one experiment"
