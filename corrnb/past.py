@@ -167,7 +167,7 @@ def update_steps(numbers: dict, log_probs: torch.Tensor, known: Known) -> list[t
     drift = n['drift'] + n['drift_shared']*known.shared + n['ageing']*known.age
     return [first, measured(first, known.past, known.variance + (2*drift).exp(), float(n['noise']))]
 
-# %% ../nbs/24b_past.ipynb #6f7aa162
+# %% ../nbs/24b_past.ipynb #25c27c05
 def _crps(probs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:   # (n,)
     return AnswerDistribution(GRID.double(), (probs + 1e-12).log()).crps(y)
 
@@ -183,7 +183,8 @@ def fit_past(
     weight = torch.ones(len(rows)) if weight is None else torch.as_tensor(weight)
     some = ~known.past.isnan() | known.quoted
     if not some.any(): return PastUpdate(noise)
-    share = weight[some].double()/weight.sum()*rows.index.nunique()
+    contracts = len({*rows.contract_a_title, *rows.contract_b_title})   # pairs that share one are not independent
+    share = weight[some].double()/weight.sum()*min(rows.index.nunique(), contracts)
     known = Known(**{name: x[some] for name, x in vars(known).items()})
     log_probs, y = forecasts.log_probs.double()[some], y[some]
     before = (_crps(log_probs.softmax(-1), y)*share).sum()/share.sum()

@@ -109,7 +109,7 @@ def by_contract(rows: pd.DataFrame, results: Path) -> pd.DataFrame:
     embeds = retriever(rows, results)
     return pd.concat([one_fold(known, test, embeds) for test, known in contract_folds(rows)], ignore_index=True)
 
-def both_new(rows: pd.DataFrame, results: Path, folds: int=10) -> pd.DataFrame:
+def both_new(rows: pd.DataFrame, results: Path, folds: int=6) -> pd.DataFrame:
     "Each pair once, from pairs that share neither contract (nor event) with it"
     embeds, groups, done = retriever(rows, results), contract_groups(rows), []
     fold_of = pd.Series({g: i % folds for i, g in enumerate(pd.unique(groups.ravel()))})
@@ -166,8 +166,10 @@ def market(results: Path) -> pd.DataFrame:
         of_test = (fold.split == 'test').to_numpy()
         known, test = rows[~of_test].reset_index(drop=True), rows[of_test].assign(novelty=fold.novelty)
         forecast, (asked, of_asked, weight) = stacked(known, test.reset_index(drop=True), embeds)
+        mine = pd.concat([asked.join(p[~of_test].reset_index(drop=True)) for p in pasts.values()])
+        often = AnswerDistribution(of_asked.values, of_asked.log_probs.repeat(len(pasts), 1))
+        update = fit_past(mine, often, TARGET, np.tile(weight, len(pasts)))
         for length, past in pasts.items():
-            update = fit_past(asked.join(past[~of_test].reset_index(drop=True)), of_asked, TARGET, weight)
             done.append(informed(update, forecast, test.join(past).assign(days=length)))
     return pd.concat(done, ignore_index=True)
 
