@@ -48,15 +48,15 @@ def measured(
     likelihood = -(value.nan_to_num(0)[:, None] - expected)**2/(2*error[:, None])
     return torch.where(value.isnan()[:, None], log_probs, log_probs + likelihood).log_softmax(-1)
 
-# %% ../nbs/24b_past.ipynb #907538df
+# %% ../nbs/24b_past.ipynb #54139cb0
 def shared_words(rows: pd.DataFrame) -> np.ndarray:   # (n,) 0: none, 1: the same words
     "Square root of the share of words that two titles have in common"
+    if not len(rows): return np.zeros(0)
     of_row, titles = pd.factorize(pd.concat([rows.contract_a_title, rows.contract_b_title]))
     def words(title): return read_title(title).words or ('',)
-    known = CountVectorizer(analyzer=words, binary=True).fit_transform(titles) if len(titles) else None
-    a, b = of_row.reshape(2, -1)
-    both = [np.asarray(known[i].multiply(known[j]).sum(1)).ravel() for i, j in _parts(a, b)]
-    both, size = np.concatenate(both or [[]]), np.diff(known.indptr) if len(titles) else a
+    known, (a, b) = CountVectorizer(analyzer=words, binary=True).fit_transform(titles), of_row.reshape(2, -1)
+    both = np.concatenate([np.ravel(known[i].multiply(known[j]).sum(1)) for i, j in _parts(a, b)])
+    size = np.diff(known.indptr)
     return np.sqrt(both/(size[a] + size[b] - both))
 
 PART = 20_000   # rows in memory at a time

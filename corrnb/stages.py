@@ -434,8 +434,8 @@ def _save_evaluation(run, done: Evaluated):
     for folder in (run, run/'model'): save_metrics(folder/'metrics.json', done.metrics)
     texts = [f'{heading}\n{format_table(table)}' for heading, table in done.evaluation.tables.items()]
     if done.next_period is not None:
-        shown = done.next_period.round(3).to_string(index=False, na_rep='-')
-        texts.append(f'the next period, R2 against zero\n{shown}')
+        shown = done.next_period.pivot_table('r2', ['group', 'value', 'n'], 'method', sort=False)
+        texts.append(f'the next period, R2 against zero\n{shown.round(3).reset_index().to_string(index=False)}')
     last = '\n'.join(filter(None, [done.metrics['verdict'], f.lacking]))
     atomic_write(run/'metrics.txt', '\n\n'.join([*texts, last]) + '\n')
     dist, alone = f.distributions['model'], f.distributions['language_model']
