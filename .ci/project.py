@@ -31,9 +31,9 @@ def call(*args, cwd=root, env=env, more_env={}):
     assert not done.returncode, f"`{' '.join(map(str, args))}` failed:\n{done.stdout}"
     return done.stdout
 
-LIBRARIES = ('torch', 'transformers.trainer', 'transformers.models.llama.modeling_llama', 'peft', 'datasets', 'faiss', 'numba',
-             'sklearn.model_selection', 'sklearn.feature_extraction.text', 'scipy.stats', 'matplotlib.pyplot', 'pandas',
-             'pyarrow.parquet', 'sqlalchemy', 'papermill', 'IPython', 'nbdev.test')
+LIBRARIES = ('torch', 'transformers.trainer', 'transformers.models.llama.modeling_llama', 'peft', 'datasets', 'faiss',
+             'numba', 'sklearn.model_selection', 'sklearn.feature_extraction.text', 'scipy.stats', 'matplotlib.pyplot',
+             'pandas', 'pyarrow.parquet', 'sqlalchemy', 'papermill', 'IPython', 'nbdev.test')
 
 def _test_notebook(notebook, log):
     "In a process of its own: what `nbdev_test` does"
