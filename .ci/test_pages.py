@@ -114,10 +114,10 @@ def test_commands_exist():
             if program == 'corrnb' and (refused := corrnb_refuses(words[1:])): wrong.append(f'{line}: {refused}')
     assert not wrong, '\n'.join(wrong)
 
-@pytest.mark.parametrize('name', ['own_table_own_prices', 'book'])
-@pytest.mark.seconds(50)
+@pytest.mark.parametrize('name', ['venue_json', 'own_table_own_prices', 'book', 'serve', 'sweep'])
+@pytest.mark.seconds(40)
 def test_tutorial_runs(tmp_path, name):
-    "The tutorials from an empty PostgreSQL database to a prediction, and from a CSV of contracts to a hedge, run"
+    "The tutorials run with the tiny model: venue JSON, PostgreSQL, a book and its hedge, a server, a sweep"
     execute(f'tutorials/{name}.ipynb', tmp_path)
 
 @pytest.mark.seconds(80)
