@@ -40,8 +40,8 @@ def process():
     return reference
 
 def room_of(page):
-    "The room that a page of the library is about"
-    return re.sub(r'^\d+[a-z]?_', '', page.stem) if re.match(r'\d', page.name) else None
+    "The room that a page of the library is about; '' for other pages"
+    return re.sub(r'^\d+[a-z]?_', '', page.stem) if re.match(r'\d', page.name) else ''
 
 def room_pages(folder):
     "Names of the library's pages by room, without suffix"

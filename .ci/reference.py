@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+Definition = Function | ast.ClassDef
 PROPERTIES = {'property', 'cached_property'}
 
 
@@ -25,7 +26,8 @@ class Row:
 
 def comments(source: str) -> dict[int, str]:
     "Comments by line; one that goes on in the next lines is one comment"
-    lines, found = source.splitlines(), {}
+    lines = source.splitlines()
+    found: dict[int, tuple[str, int]] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type != tokenize.COMMENT: continue
         line, text = token.start[0], token.string.lstrip('#').strip()
@@ -36,6 +38,11 @@ def comments(source: str) -> dict[int, str]:
     return {line: text for line, (text, _) in found.items()}
 
 def unparsed(node: ast.AST | None) -> str: return '' if node is None else ast.unparse(node)
+
+def type_of(node: ast.AST | None) -> str:
+    "An annotation as text; of `Annotated` the type alone"
+    if isinstance(node, ast.Subscript) and unparsed(node.value) == 'Annotated': return unparsed(node.slice.elts[0])
+    return unparsed(node)
 
 def parameters(function: Function, comment: dict[int, str]) -> list[Row]:
     "Rows of a function's parameters, and of what it returns"
@@ -49,7 +56,7 @@ def parameters(function: Function, comment: dict[int, str]) -> list[Row]:
     for name, p in named: last[p.lineno] = name        # a comment belongs to the last that stands in its line
     if function.returns: last[function.returns.lineno] = 'Returns'
     def text(name, line): return comment.get(line, '') if last.get(line) == name else ''
-    rows = [Row(n) if n == '*' else Row(n, unparsed(p.annotation), unparsed(defaults.get(p.arg)), text(n, p.lineno))
+    rows = [Row(n) if n == '*' else Row(n, type_of(p.annotation), unparsed(defaults.get(p.arg)), text(n, p.lineno))
             for n, p in named]
     if function.returns and unparsed(function.returns) != 'None':
         rows.append(Row('Returns', unparsed(function.returns), '', text('Returns', function.returns.lineno)))
@@ -64,8 +71,8 @@ def default(value: ast.AST | None) -> tuple[str, str]:
         return unparsed(given['default']) if 'default' in given else f'{unparsed(factory)}()' if factory else '', ''
     if unparsed(value.func) == 'mapped_column': return '', ''
     if unparsed(value.func) != 'Field': return unparsed(value), ''
-    text = given.get('description')
-    text = text.value if isinstance(text, ast.Constant) else ''
+    described = given.get('description')
+    text = str(described.value) if isinstance(described, ast.Constant) else ''
     if value.args: return unparsed(value.args[0]).replace('...', ''), text
     factory = given.get('default_factory', given.get('default'))
     return unparsed(factory.body if isinstance(factory, ast.Lambda) else factory), text
@@ -76,13 +83,13 @@ def fields(cls: ast.ClassDef, comment: dict[int, str], alone: set[int]) -> list[
     for node in cls.body:
         if not isinstance(node, ast.AnnAssign) or unparsed(node.target).startswith('_'): continue
         value, described = default(node.value)
-        lines = range(node.lineno, node.end_lineno + 1)
-        if node.lineno - 1 in alone: lines = range(node.lineno - 1, node.end_lineno + 1)
+        above = node.lineno - 1 in alone
+        lines = range(node.lineno - above, (node.end_lineno or node.lineno) + 1)
         text = described or ' '.join(comment[i] for i in lines if i in comment)
-        rows.append(Row(unparsed(node.target), unparsed(node.annotation), value, text))
+        rows.append(Row(unparsed(node.target), type_of(node.annotation), value, text))
     return rows
 
-def decorators(node: ast.AST) -> set[str]: return {unparsed(d) for d in node.decorator_list}
+def decorators(node: Definition) -> set[str]: return {unparsed(d) for d in node.decorator_list}
 
 def wrapped(name: str, parts: list[str], most: int = 88) -> str:
     "`name(parts)` on as few lines as fit"
@@ -123,7 +130,7 @@ class Room:
         return imports(self.tree)
 
     @cached_property
-    def definitions(self) -> dict[str, ast.AST]:
+    def definitions(self) -> dict[str, Definition]:
         "Public functions, classes and patched methods (`Class.method`) by name, in the order of the source"
         found = {}
         for node in self.tree.body:
@@ -139,7 +146,7 @@ class Room:
             if not isinstance(node, Function): continue
             if not node.name.startswith('_') or node.name == '__call__' and ast.get_docstring(node): yield node
 
-    def rows(self, node: ast.AST, method: bool) -> list[Row]:
+    def rows(self, node: Definition, method: bool) -> list[Row]:
         "Rows of the parameters of a function or class"
         if not isinstance(node, ast.ClassDef):
             rows = parameters(node, self.comments)
@@ -150,7 +157,7 @@ class Room:
 
 def imports(tree: ast.AST) -> dict[str, str]:
     "Rooms of the names that are imported anywhere in a syntax tree"
-    found = {}
+    found: dict[str, str] = {}
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom): continue
         if of := re.fullmatch(r'(?:\.|corrnb\.)(\w+)', '.'*node.level + (node.module or '')):
@@ -173,7 +180,7 @@ class Reference:
         return any(r.type or r.default or r.text
                    for r in self.rooms[room].rows(self.rooms[room].definitions[name], '.' in name))
 
-    def find(self, name: str, room: str | None, imported: dict[str, str], cls: str = '') -> tuple[str, str] | None:
+    def find(self, name: str, room: str, imported: dict[str, str], cls: str = '') -> tuple[str, str] | None:
         "Room and full name of what a word in backticks means where it stands; None where that is open"
         own = self.rooms[room].definitions if room in self.rooms else {}
         if f'{cls}.{name}' in own: return room, f'{cls}.{name}'
@@ -218,7 +225,7 @@ class Reference:
             ids.append(f'{room.name}.{name}.{node.name}')
         return html_table(lines, ['method', 'what it does'], ids) if lines else ''
 
-    def signature(self, room: Room, name: str, node: ast.AST) -> str:
+    def signature(self, room: Room, name: str, node: Definition) -> str:
         "How a function is called or a class is made"
         rows = [row for row in room.rows(node, '.' in name) if row.name != 'Returns']
         parts = [f'{row.name}={row.default}' if row.default else row.name for row in rows]
@@ -256,7 +263,7 @@ class Reference:
         rows = room.rows(node, '.' in name)
         return ' '.join([ast.get_docstring(node) or '', *(f'{row.name}: {row.text};' for row in rows if row.text)])
 
-def first(node: ast.AST) -> str: return (ast.get_docstring(node) or '').split('\n\n')[0]
+def first(node: Definition) -> str: return (ast.get_docstring(node) or '').split('\n\n')[0]
 
 def code(text: str) -> str: return f'<code>{html.escape(text, quote=False)}</code>' if text else ''
 

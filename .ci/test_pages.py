@@ -52,7 +52,7 @@ def f(
     "What it does"
 class C:
     "A thing"
-    x: float = 1.5  # its size
+    x: Annotated[float, AfterValidator(g)] = 1.5  # its size
     def m(self, y): "A method"
 """
 ENTRY = '<h3 id="a.{0}">{0}</h3><pre>{0}()</pre><table></table>'
@@ -70,7 +70,8 @@ def test_reference(reference):
     for part in ('f(a, *, b=None)', '*What it does*', '<code>str | None</code>', '<td>how many, of all</td>',
                  'rows, see <a href="1_b.html#b.g"><code>g</code></a>'): assert part in text, text
     text = reference.markdown('a', 'C', dict(a='0_a', b='1_b'))
-    for part in ('class C(x=1.5)', '<td>its size</td>', '<code>m(y)</code>', 'id="a.C.m"'): assert part in text, text
+    for part in ('class C(x=1.5)', '<td><code>float</code></td>', '<td>its size</td>',
+                 '<code>m(y)</code>', 'id="a.C.m"'): assert part in text, text
 
 @pytest.mark.parametrize('old, new, wrong', [
     ('', '', ''), (ENTRY.format('f'), '', 'a.f is on no page'), ('<pre>C()', '<pre>C([x](y.html))', 'signature of C'),
