@@ -187,11 +187,11 @@ def _fit_stack(config, predictor, sides, near) -> tuple[Members, Stack, dict[str
     "The other members, the weights of all, and the CRPS of validation rows, whose labels none is given there"
     train_rows, val, test = (_measured(side, config.target) for side in sides)
     known, layers = pd.concat([train_rows, val], ignore_index=True), tuple(spread_layers(predictor.model))
-    members, held = fit_members(known, config.target, test.novelty, predictor.retriever, layers)
-    labels, y = known[config.target].to_numpy(float)[held.row], val[config.target].to_numpy(float)
+    members, out_of_fold = fit_members(known, config.target, test.novelty, predictor.retriever, layers)
+    y = val[config.target].to_numpy(float)
     forecasts = members.given(train_rows).forecasts(val)
     forecasts['language_model'] = predictor.model_distribution(val, near, progress=True)
-    stack = fit_stack(members.out_of_fold(known, held), labels, held.weight, forecasts, y)
+    stack = fit_stack(out_of_fold, forecasts, y)
     crps = {n: d.crps(torch.tensor(y)).mean().item() for n, d in (forecasts | dict(stack=stack(forecasts))).items()}
     return members, stack, crps
 
