@@ -3,8 +3,8 @@ its own. What is there is not run again.
 
     CORRNB_DATA_DIR=... python learning.py RESULTS [PATTERN ...]
 
-Those called `members-...` train no language model: the stack of the others, and the baselines, in a minute. Those called
-`stack-...` put the forecasts of a language model that were saved beside the other members as they are today.
+Those called `members-...` train no language model: the stack of the others, and the baselines, in a minute. Those
+called `stack-...` put the forecasts of a language model that were saved beside the other members as they are today.
 """
 import io
 import json
@@ -38,7 +38,8 @@ BASE = dict(target=TARGET, model_name='embedded', use_4bit=False, text_loss_weig
 PLAN = {f'futures-{f}': dict(dataset=f'futures-{f}') for f in range(FOLDS)}
 PLAN |= {'market': dict(dataset='market', num_train_epochs=1), 'events': dict(dataset='events', num_train_epochs=2)}
 EVENTS = [f'events-{f}' for f in range(FOLDS)]
-PLAN = {f'members-{n}': dict(dataset=n) for n in [*PLAN, *EVENTS]} | PLAN | {f'stack-{n}': dict(dataset=n) for n in PLAN}
+PLAN = {f'members-{n}': dict(dataset=n) for n in [*PLAN, *EVENTS]} | PLAN | {
+    f'stack-{n}': dict(dataset=n) for n in PLAN}
 PLAN |= {f'futures-0-{name}': dict(settings, dataset='futures-0', untuned=False) for name, settings in
          {'w0': dict(regression_loss_weight=0.), 'w1': dict(regression_loss_weight=1.),
           'w20': dict(regression_loss_weight=20.), 'crps10': dict(regression_loss_type='crps'),
@@ -107,7 +108,7 @@ def stacked(results: Path, name: str, dataset: str):
     train, val, rows = (pairs[pairs.split == s].reset_index(drop=True) for s in ('train', 'val', 'test'))
     known = pairs[pairs.split != 'test'].reset_index(drop=True)
     members, out_of_fold = members_of(results, pairs, known, rows)
-    def of_model(side, model): return part(saved, model, saved['rows'].set_index('id', drop=False).index.get_indexer(side.id))
+    def of_model(side, model): return part(saved, model, pd.Index(saved['rows'].id).get_indexer(side.id))
     validation = members.given(train).forecasts(val) | dict(language_model=of_model(val, 'language_model'))
     stack = fit_stack(out_of_fold, validation, val[TARGET].to_numpy(float))
     found = members.forecasts(rows) | {m: of_model(rows, m) for m in ('language_model', 'untuned_model')}
@@ -116,7 +117,8 @@ def stacked(results: Path, name: str, dataset: str):
     keep(results/f'{name}.npz', dataset, start, members, stack, rows.join(points.add_prefix('point_')), found)
 
 def part(result: dict, method: str, places: np.ndarray) -> AnswerDistribution:
-    "Some rows of a saved forecast"
+    "Some rows of a saved forecast, which has all of them"
+    assert (places >= 0).all(), 'rows without a forecast: the data have changed since it was made'
     d = result['forecasts'][method]
     return AnswerDistribution(d.values, d.log_probs[torch.tensor(places)])
 
