@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIMILAR', 'DIFFER', 'SHRINKAGE', 'Holdouts', 'holdouts', 'neighbours_forecast', 'fit_neighbours', 'damp',
-           'shrunken_slope', 'fit_slopes', 'OutOfFold', 'Members', 'fit_members', 'crps_form', 'pool_weights', 'Stack',
-           'equal_weights', 'fit_pool', 'fit_stack', 'save_members', 'load_members']
+           'shrunken_slope', 'sure_of', 'fit_slopes', 'OutOfFold', 'Members', 'fit_members', 'crps_form',
+           'pool_weights', 'Stack', 'equal_weights', 'fit_pool', 'fit_stack', 'save_members', 'load_members']
 
 # %% ../nbs/24_stack.ipynb #288e8bd9
 import json
@@ -98,6 +98,14 @@ def shrunken_slope(
     score = weight*x*(y - slope*x)/(weight*x**2).sum()
     variance = max(score @ (touches @ touches.T > 0) @ score, score @ score)   # Aronow, Samii and Assenova 2015
     return float(np.clip(slope - variance/slope, 0, 1)) if slope > 0 else 0.
+
+def sure_of(
+    gain,   # (m,) of the rows
+    groups  # (m, 2) contracts
+) -> float:  # in [0, 1]
+    "What is left of a mean gain, as a share of it, when it is drawn to 0 by its error; 0 for a loss"
+    if not np.mean(gain) > 0: return 0.
+    return shrunken_slope(np.ones(len(gain)), gain/np.mean(gain), np.ones(len(gain)), groups)
 
 def fit_slopes(
     forecasts: dict[str, AnswerDistribution],  # by member, of rows without their contracts
@@ -225,15 +233,18 @@ def fit_pool(
 
 def fit_stack(
     known: OutOfFold,
-    validation: dict[str, AnswerDistribution],   # of validation rows that no member knows; 'language_model' among them
-    y_validation                                 # labels of these
+    validation: dict[str, AnswerDistribution],  # of validation rows that no member knows; 'language_model' among them
+    y, groups                                   # (n,) labels and (n, 2) contracts of these rows
 ) -> Stack:
     "Weights of the members, then that of the language model beside them"
     base = fit_pool(known)
     both = dict(rest=base(validation), language_model=validation['language_model'])
-    form = crps_form(both, y_validation, np.ones(len(y_validation)))
+    form = crps_form(both, y, np.ones(len(y)))
     rest, model = pool_weights(form, np.array([1., 0.]))   # the others know fewer rows here than later
-    return Stack({n: rest*w for n, w in base.weights.items()} | dict(language_model=float(model)))
+    pool = Stack(dict(rest=rest, language_model=model))(both)
+    before, after = [f.crps(torch.tensor(y)).double().numpy() for f in (both['rest'], pool)]
+    model = float(model*sure_of(before - after, groups))
+    return Stack({n: (1 - model)*w for n, w in base.weights.items()} | dict(language_model=model))
 
 # %% ../nbs/24_stack.ipynb #a4c76927
 def save_members(

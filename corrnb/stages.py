@@ -40,7 +40,7 @@ from .parameters import RunConfig
 from .prompts import ANSWER_PREFIX, DETAILS, ContractTexts, drop_far
 from .rag import PairRetriever, rows_fingerprint
 from .schema import make_engine, read_pairs_table
-from .splits import limit_pairs, split_pairs
+from .splits import contract_groups, limit_pairs, split_pairs
 from .stack import Members, Stack, equal_weights, fit_members, fit_stack, load_members, save_members
 from .training import RegressionAugmentedTrainer, make_trainer
 
@@ -191,7 +191,7 @@ def _fit_stack(config, predictor, sides, near) -> tuple[Members, Stack, dict[str
     y = val[config.target].to_numpy(float)
     forecasts = members.given(train_rows).forecasts(val)
     forecasts['language_model'] = predictor.model_distribution(val, near, progress=True)
-    stack = fit_stack(out_of_fold, forecasts, y)
+    stack = fit_stack(out_of_fold, forecasts, y, contract_groups(val))
     crps = {n: d.crps(torch.tensor(y)).mean().item() for n, d in (forecasts | dict(stack=stack(forecasts))).items()}
     return members, stack, crps
 

@@ -28,7 +28,7 @@ from corrnb.files import atomic_write
 from corrnb.models import load_model, load_tokenizer
 from corrnb.parameters import RunConfig
 from corrnb.rag import PairRetriever
-from corrnb.splits import add_novelty, contract_kfold, split_pairs
+from corrnb.splits import add_novelty, contract_groups, contract_kfold, split_pairs
 from corrnb.stack import equal_weights, fit_members, fit_pool, fit_stack
 from corrnb.stages import build_index, evaluate, prepare, train
 
@@ -110,7 +110,7 @@ def stacked(results: Path, name: str, dataset: str):
     members, out_of_fold = members_of(results, pairs, known, rows)
     def of_model(side, model): return part(saved, model, pd.Index(saved['rows'].id).get_indexer(side.id))
     validation = members.given(train).forecasts(val) | dict(language_model=of_model(val, 'language_model'))
-    stack = fit_stack(out_of_fold, validation, val[TARGET].to_numpy(float))
+    stack = fit_stack(out_of_fold, validation, val[TARGET].to_numpy(float), contract_groups(val))
     found = members.forecasts(rows) | {m: of_model(rows, m) for m in ('language_model', 'untuned_model')}
     found |= dict(equal_average=equal_weights([*stack.weights])(found), model=stack(found))
     points = pd.DataFrame({n: d.mean.numpy() for n, d in found.items()})
