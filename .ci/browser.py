@@ -22,6 +22,7 @@ root = Path(__file__).resolve().parents[1]
 WIDE, NARROW = dict(width=1280, height=900), dict(width=390, height=844)
 SEEN = {'home': 'index.html', 'api': '13_answers.html', 'tutorial': 'tutorials/getting_started.html',
         'benchmark': 'benchmarks/learning.html'}
+SEARCHED = ('AnswerGrid', 'soft_targets', 'train', 'related', 'forecasts', 'pair_correlations', 'Book.hedge')
 # what `lab` runs unless told otherwise
 SHORT = ('pipeline/prepare.ipynb', 'pipeline/index.ipynb', '12_prompts.ipynb', '13_answers.ipynb')
 
@@ -66,6 +67,15 @@ LAYOUT = """() => {
         return e.getBoundingClientRect().right > right + 2 }).length;
     return {wide, images, cut, title: document.querySelector("h1")?.innerText} }"""
 
+# cells of code, in lines of at most 120 columns, that the page shows in more lines than they have
+WRAPPED = """() => [...document.querySelectorAll("main pre.cell-code > code")].filter(code => {
+    if (Math.max(...code.textContent.split("\\n").map(line => line.length)) > 120) return false;
+    const height = code.getBoundingClientRect().height;
+    code.style.whiteSpace = "pre";
+    const plain = code.getBoundingClientRect().height;
+    code.style.whiteSpace = "";
+    return height > plain + 1 }).map(code => code.textContent.slice(0, 60)) """
+
 def check_layout(page, url, pages):
     "Every page has a title, all its pictures, and nothing that sticks out; what is wrong"
     for name in pages:
@@ -77,6 +87,23 @@ def check_layout(page, url, pages):
         if found['wide'] > 1: yield f'{where}: wider than the window by {found["wide"]} px'
         if found['images']: yield f'{where}: {found["images"]} pictures missing'
         if found['cut']: yield f'{where}: {found["cut"]} blocks stick out'
+        if page.viewport_size == WIDE: yield from (f'{where}: code wraps: {code!r}' for code in page.evaluate(WRAPPED))
+
+def first_hit(page, word):
+    "Title of what the search finds first"
+    box, hits = page.locator('input[type=search]:visible').first, page.locator('.search-result-title:visible')
+    box.fill('')
+    hits.first.wait_for(state='hidden')
+    box.fill(word)
+    hits.first.wait_for()
+    return hits.first.inner_text()
+
+def check_search(page, url, names):
+    "The search finds functions before what mentions them; what is wrong"
+    page.goto(f'{url}/index.html')
+    for name in names:
+        hit = first_hit(page, name)
+        if hit.lower() != name.lower(): yield f'the search for {name} finds {hit!r} first'
 
 def click_through(page, url, narrow):
     "By way of the sidebar to a tutorial, by way of the search to a function"
@@ -105,6 +132,7 @@ def test_site(pictures=None):
         for size in (WIDE, NARROW):
             page = new_page(browser, size, errors)
             problems += check_layout(page, url, pages)
+            if size is WIDE: problems += check_search(page, url, SEARCHED)
             print(f"{size['width']} px: {len(pages)} pages; search led to {click_through(page, url, size is NARROW)}")
             for name, path in SEEN.items() if pictures else ():
                 page.goto(f'{url}/{path}')

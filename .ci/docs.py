@@ -14,9 +14,10 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import yaml
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+from nbformat.v4 import new_output
+from reference import Reference
 
 root = Path(__file__).resolve().parents[1]
-EXECUTED = {'export', 'exports', 'exporti', 'exec_doc'}  # cells that define what is documented
 # what smalldocs warns of on every page that nbdev makes
 EXPECTED = 'output-file is not read|format commonmark is not built|html-math-method is ignored'
 
@@ -26,31 +27,72 @@ def process():
     import nbdev.quarto
     from nbdev import processors
     from nbdev.config import get_config
+    cfg = get_config()
+    reference = Reference(root/cfg.lib_path.name, cfg.git_url)
     nbdev.quarto._ensure_quarto = lambda: None
-    executes = processors._do_eval  # nbdev also executes tests that import something, without the cells that they need
-    def only_exported(cell):
-        return executes(cell) and (EXECUTED & set(cell.directives_) or processors._is_showdoc(cell))
-    processors._do_eval = only_exported
+    processors.exec_show_docs = documented_by(reference)   # without it nbdev executes the code of every notebook
+    names = processors._def_names
+    processors._def_names = lambda cell, shown: names(cell, shown)[::-1]   # nbdev inserts the last one first
     shutil.rmtree(root/'_proc', ignore_errors=True)  # else a page whose notebook is gone would stay
     nbdev.quarto.nbdev_proc_nbs.__wrapped__(n_workers=0)
     join_streams(root/'_proc')
-    cfg = get_config()
-    links_between_pages(root/'_proc', f'{cfg.doc_host}{cfg.doc_baseurl}')
+    links_between_pages(root/'_proc', f'{cfg.doc_host}{cfg.doc_baseurl}', reference)
+    return reference
+
+def room_of(page):
+    "The room that a page of the library is about; '' for other pages"
+    return re.sub(r'^\d+[a-z]?_', '', page.stem) if re.match(r'\d', page.name) else ''
+
+def room_pages(folder):
+    "Names of the library's pages by room, without suffix"
+    return {room_of(p): p.stem for p in sorted(folder.glob('*.ipynb')) if room_of(p)}
+
+def documented_by(reference):
+    "The processor that answers nbdev's calls of `show_doc` from the source of the modules"
+    from execnb.nbio import mk_cell
+    from nbdev.process import Processor
+    pages = room_pages(root/'nbs')
+
+    class Documented(Processor):
+        def begin(self):
+            self.names = [n for cell in self.nb.cells for n in shown_names(cell)]
+            self.room = next((m[1] for cell in self.nb.cells
+                              if (m := re.search(r'^#\| *default_exp (\w+)', cell.source, re.M))), None)
+            if len(self.names) > 2:
+                text = reference.summary(self.room, self.names, pages)
+                self.nb.cells.insert(2, mk_cell(text, 'markdown'))
+
+        def cell(self, cell):
+            if names := list(shown_names(cell)):
+                text = '\n\n'.join(reference.markdown(self.room, name, pages) for name in names)
+                data = {'text/markdown': text.splitlines(True), 'text/plain': ['']}
+                cell.outputs = [new_output('display_data', data=data)]
+    return Documented
+
+def shown_names(cell):
+    "What a cell of nbdev's shows the documentation of"
+    if cell.cell_type == 'code': yield from re.findall(r'^show_doc\(([\w.]+)\)', cell.source, re.M)
 
 def join_streams(folder):
     "What a cell printed bit by bit is one block on its page, as in Jupyter"
     join = CoalesceStreamsPreprocessor()
     for page in folder.rglob('*.ipynb'): nbformat.write(join.preprocess(nbformat.read(page, 4), {})[0], page)
 
-def links_between_pages(folder, site):
-    "nbdev links names to the published site; link them to the pages of this build"
-    pages = {re.sub(r'^\d+_', '', p.stem): p.name for p in folder.glob('*.ipynb')}
+def links_between_pages(folder, site, reference):
+    "nbdev links names to the published site, equal names of two rooms to one of them; link them to this build's pages"
+    pages = room_pages(folder)
     for page in folder.rglob('*.ipynb'):
-        up = '../'*(len(page.relative_to(folder).parts) - 1)
-        text = re.sub(rf'\[(`_\w+`)\]\({re.escape(site)}[^)]*\)', r'\1', page.read_text())  # private: has no heading
-        page.write_text(re.sub(rf'{re.escape(site)}/(\w+)\.html', lambda m: up + pages[m[1]], text))
+        up, text = '../'*(len(page.relative_to(folder).parts) - 1), page.read_text()
+        lines = re.findall(r'from corrnb\.(\w+) import ([\w, ]+)', text)
+        imported = {name: room for room, names in lines for name in names.split(', ')}
+        if room_of(page) in reference.rooms: imported |= reference.rooms[room_of(page)].imports
+        def link(m):
+            found = reference.find(m[2], room_of(page), imported)
+            if not found: return m[1]   # private, or of several rooms
+            return f'[{m[1]}]({up}{pages[found[0]]}.ipynb#{".".join(found)})'
+        page.write_text(re.sub(rf'\[(`([\w.]+)(?:\(\))?`)\]\({re.escape(site)}[^)]*\)', link, text))
 
-def render(folder):
+def render(folder, reference):
     "The site, in `folder`; the names of what made it"
     quarto = shutil.which('quarto')
     command = [quarto, 'render'] if quarto else [sys.executable, '-m', 'smalldocs.cli', 'render', '.']
@@ -59,6 +101,7 @@ def render(folder):
     warnings = [line for line in lines if not re.search(EXPECTED, line)]
     if done.returncode or (warnings and not quarto): sys.exit('\n'.join([done.stdout] if done.returncode else warnings))
     if not quarto: formulas(root/'_proc'/'_docs')
+    functions_first(root/'_proc'/'_docs', reference)
     shutil.rmtree(folder, ignore_errors=True)
     shutil.move(root/'_proc'/'_docs', folder)
     return 'Quarto' if quarto else 'smalldocs'
@@ -71,6 +114,20 @@ def formulas(folder):
     for page in folder.rglob('*.html'):
         text = re.sub(r'(<span class="math (inline|display)">)(.*?)</span>', mathml, page.read_text(), flags=re.S)
         page.write_text(re.sub(r'<link [^>]*katex[^>]*>|<script [^>]*katex[^>]*></script>', '', text))
+
+
+def functions_first(folder, reference):
+    "In the index of the search a function's title is its name, and functions stand before what else mentions them"
+    entries = json.loads((folder/'search.json').read_text())
+    def named(entry):
+        room, _, name = entry['href'].partition('#')[2].partition('.')
+        return (room, name) if room in reference.rooms and name in reference.rooms[room].definitions else None
+    for entry in entries:
+        if found := named(entry):
+            room, name = found
+            entry.update(title=name, section=f'corrnb.{room}.{name}', text=reference.entry(room, name))
+    entries.sort(key=lambda entry: (named(entry) is None, entry['title'][:1].isupper()))   # equal hits keep this order
+    (folder/'search.json').write_text(json.dumps(entries, ensure_ascii=False, indent=1))
 
 
 class Page(HTMLParser):
@@ -124,6 +181,23 @@ def link_problems(folder, repo):
                 elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].ids:
                     yield f'{name}: {link}: no such heading'
 
+def reference_problems(folder, reference):
+    "One line for each public name whose entry is missing, has no table of parameters or shows more than it should"
+    found = {}
+    for path in folder.glob('[0-9]*.html'):
+        text = path.read_text()
+        if 'Call self as a function' in text: yield f'{path.name}: a function without a docstring, "Call self as ..."'
+        entries = re.findall(r'<h3 id="(\w+\.[\w.]+)"(.*?)(?=<h[1-6] |<div id="cell-|\Z)', text, re.S)
+        found |= {name: (path.name, entry) for name, entry in entries}
+    for room, name in reference.names():
+        page, entry = found.get(f'{room}.{name}', (None, ''))
+        if page is None:
+            yield f'corrnb.{room}.{name} is on no page'
+            continue
+        signature = re.search(r'<pre.*?</pre>', entry, re.S)
+        if not signature or '](' in re.sub('<[^>]+>', '', signature[0]): yield f'{page}: the signature of {name}'
+        if reference.has_table(room, name) and '<table' not in entry: yield f'{page}: no parameters of {name}'
+
 def sidebar_pages(contents):
     "Paths of the pages in a sidebar's contents"
     for item in contents:
@@ -148,11 +222,12 @@ def build(folder=root/'_docs'):
     "Build and check the site; how many pages and what made it. AssertionError with what is wrong"
     from nbdev.config import get_config
     os.chdir(root)
-    process()
-    made_by = render(folder)
+    reference = process()
+    made_by = render(folder, reference)
     problems = [f'{p} is not in the sidebar of _quarto.yml' for p in missing_pages()]
     problems += [f'{p}: the site drops the text below the title; it needs a cell of its own' for p in lost_text()]
     problems += sorted(set(link_problems(folder, get_config().git_url)))
+    problems += reference_problems(folder, reference)
     assert not problems, '\n'.join(problems)
     return len(list(folder.rglob('*.html'))), made_by
 

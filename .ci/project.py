@@ -1,5 +1,8 @@
 "What checks of the project have in common: where things are, commands and their environment, what files and runs hold"
+import atexit
+import contextlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -8,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from unittest import SkipTest
+from unittest.mock import patch
 
 import psutil
 
@@ -26,6 +30,28 @@ def call(*args, cwd=root, env=env, more_env={}):
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert not done.returncode, f"`{' '.join(map(str, args))}` failed:\n{done.stdout}"
     return done.stdout
+
+LIBRARIES = ('torch', 'transformers.trainer', 'transformers.models.llama.modeling_llama', 'peft', 'datasets', 'faiss',
+             'numba', 'sklearn.model_selection', 'sklearn.feature_extraction.text', 'scipy.stats', 'matplotlib.pyplot',
+             'pandas', 'pyarrow.parquet', 'sqlalchemy', 'papermill', 'IPython', 'nbdev.test')
+
+def _test_notebook(notebook, log):
+    "In a process of its own: what `nbdev_test` does"
+    for stream in (1, 2): os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.stdout, sys.stderr = (open(stream, 'w', closefd=False, buffering=1) for stream in (1, 2))
+    from nbdev.test import nbdev_test
+    try: nbdev_test(path=notebook)
+    finally: atexit._run_exitfuncs()   # multiprocessing leaves them out
+
+def run_notebook(notebook, log):
+    "`nbdev_test` in a fork of a process that has imported the libraries, once for all notebooks; AssertionError"
+    server = multiprocessing.get_context('forkserver')
+    server.set_forkserver_preload(LIBRARIES)
+    with patch.dict(os.environ, env, clear=True), contextlib.chdir(root):
+        process = server.Process(target=_test_notebook, args=(notebook, log))
+        process.start()
+    process.join()
+    assert process.exitcode == 0, f'nbdev_test --path {notebook} failed:\n{log.read_text()}'
 
 def start(*args, cwd=root, output=subprocess.DEVNULL):
     "Start a command"

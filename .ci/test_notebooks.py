@@ -1,7 +1,7 @@
 "Every notebook of the library is a test, and what is made from notebooks is up to date"
 import pytest
 from nbdev.doclinks import nbglob
-from project import bin, call, contents, project_copy, root, same
+from project import bin, call, contents, project_copy, root, run_notebook, same
 
 tested = [f for f in nbglob(root/'nbs', as_path=True) if not (f.parent/'.notest').exists()]
 notebooks = sorted(f.relative_to(root).as_posix() for f in tested)
@@ -9,9 +9,9 @@ notebooks = sorted(f.relative_to(root).as_posix() for f in tested)
 
 @pytest.mark.parametrize('notebook', notebooks[::-1])  # the later ones use the earlier ones and take longer
 @pytest.mark.seconds(15)
-def test_notebook(notebook):
+def test_notebook(notebook, tmp_path):
     "All cells of a notebook run"
-    call(bin/'nbdev_test', '--path', notebook)
+    run_notebook(notebook, tmp_path/'log')
 
 def test_export_is_in_sync(tmp_path):
     "corrnb/*.py is what the notebooks export"

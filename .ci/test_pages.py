@@ -12,8 +12,9 @@ import nbformat
 import pytest
 import readme
 import typer
-from docs import link_problems
+from docs import link_problems, reference_problems
 from project import call, contents, execute, pages, root, same
+from reference import Reference
 
 
 def test_readme_is_in_sync():
@@ -23,7 +24,7 @@ def test_readme_is_in_sync():
     here = {'README.md': file.read_bytes() if file.exists() else b''} | contents(root/readme.images, '*.png')
     same(here, {'README.md': text.encode()} | pictures, 'run make readme')
 
-@pytest.mark.seconds(60)
+@pytest.mark.seconds(20)
 def test_site_is_whole(tmp_path):
     "The documentation builds, with every page in its sidebar and no broken link"
     print(call(sys.executable, '-W', 'ignore', '.ci/docs.py', tmp_path/'site').splitlines()[-1])
@@ -40,6 +41,47 @@ def test_broken_links_are_found(tmp_path, added):
     (tmp_path/'page.html').write_text(good + added)
     found = list(link_problems(tmp_path, repo))
     assert len(found) == bool(added), found
+
+MODULE = """from .b import g
+def f(
+    a: int,  # rows, see `g`
+    *,
+    b: str|None = None   # a name
+) -> int:  # how many,
+    # of all
+    "What it does"
+class C:
+    "A thing"
+    x: Annotated[float, AfterValidator(g)] = 1.5  # its size
+    def m(self, y): "A method"
+"""
+ENTRY = '<h3 id="a.{0}">{0}</h3><pre>{0}()</pre><table></table>'
+
+@pytest.fixture
+def reference(tmp_path):
+    "The reference of a package of two modules"
+    (tmp_path/'a.py').write_text(MODULE)
+    (tmp_path/'b.py').write_text('def g(): "Another"')
+    return Reference(tmp_path, repo)
+
+def test_reference(reference):
+    "An entry shows names, types, defaults and comments, and links what it mentions"
+    text = reference.markdown('a', 'f', dict(a='0_a', b='1_b'))
+    for part in ('f(a, *, b=None)', '*What it does*', '<code>str | None</code>', '<td>how many, of all</td>',
+                 'rows, see <a href="1_b.html#b.g"><code>g</code></a>'): assert part in text, text
+    text = reference.markdown('a', 'C', dict(a='0_a', b='1_b'))
+    for part in ('class C(x=1.5)', '<td><code>float</code></td>', '<td>its size</td>',
+                 '<code>m(y)</code>', 'id="a.C.m"'): assert part in text, text
+
+@pytest.mark.parametrize('old, new, wrong', [
+    ('', '', ''), (ENTRY.format('f'), '', 'a.f is on no page'), ('<pre>C()', '<pre>C([x](y.html))', 'signature of C'),
+    ('</pre><table></table>', '</pre>', 'no parameters'), ('</pre>', '</pre>Call self as a function.', 'docstring')])
+def test_bad_entries_are_found(tmp_path, reference, old, new, wrong):
+    "The check of the reference finds what is wrong on a bad page, and nothing else"
+    (tmp_path/'0_a.html').write_text((ENTRY.format('f') + ENTRY.format('C')).replace(old, new))
+    (tmp_path/'1_b.html').write_text(ENTRY.format('g').replace('"a.', '"b.'))
+    found = ' '.join(reference_problems(tmp_path, reference))
+    assert wrong in found if wrong else not found, found
 
 def shell_lines(text):
     "Commands in the sh blocks of a Markdown text, without comments"
@@ -73,10 +115,10 @@ def test_commands_exist():
             if program == 'corrnb' and (refused := corrnb_refuses(words[1:])): wrong.append(f'{line}: {refused}')
     assert not wrong, '\n'.join(wrong)
 
-@pytest.mark.parametrize('name', ['own_table_own_prices', 'book'])
-@pytest.mark.seconds(50)
+@pytest.mark.parametrize('name', ['venue_json', 'own_table_own_prices', 'book', 'serve', 'sweep'])
+@pytest.mark.seconds(40)
 def test_tutorial_runs(tmp_path, name):
-    "The tutorials from an empty PostgreSQL database to a prediction, and from a CSV of contracts to a hedge, run"
+    "The tutorials run with the tiny model: venue JSON, PostgreSQL, a book and its hedge, a server, a sweep"
     execute(f'tutorials/{name}.ipynb', tmp_path)
 
 @pytest.mark.seconds(80)

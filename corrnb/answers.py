@@ -44,14 +44,21 @@ class AnswerDistribution:
         "Probabilities renormalized on the grid"
         return self.log_probs.softmax(-1)
     @property
-    def mean(self) -> torch.Tensor: return (self.probs*self.values).sum(-1)
+    def mean(self) -> torch.Tensor:
+        "Expected value"
+        return (self.probs*self.values).sum(-1)
     @property
     def std(self) -> torch.Tensor:
+        "Standard deviation"
         return (self.probs*(self.values - self.mean[..., None])**2).sum(-1).clamp_min(1e-12).sqrt()
     @property
-    def median(self) -> torch.Tensor: return self.quantile(0.5)
+    def median(self) -> torch.Tensor:
+        "Smallest value with half of the probability at or below it"
+        return self.quantile(0.5)
     @property
-    def mode(self) -> torch.Tensor: return self.values[self.probs.argmax(-1)]
+    def mode(self) -> torch.Tensor:
+        "Most probable value"
+        return self.values[self.probs.argmax(-1)]
     def __getitem__(self, i): return AnswerDistribution(self.values, self.log_probs[i])
     def __len__(self): return len(self.log_probs)
     def __repr__(self):

@@ -77,7 +77,7 @@ def chosen_comparisons(
     names: list[str],              # of `COMPARISONS`; ValueError for another
     regression_loss_weight: float  # of the main training
 ) -> list[str]:
-    "Comparisons that tell something: without cross_entropy where the main training is that already"
+    "The comparisons to train: without cross_entropy if the main training already is that"
     unknown = [n for n in names if n not in COMPARISONS]
     if unknown: raise ValueError(f'unknown comparison {unknown[0]!r}: one of {", ".join(COMPARISONS)}')
     return [n for n in dict.fromkeys(names) if n != 'cross_entropy' or regression_loss_weight]

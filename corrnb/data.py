@@ -50,7 +50,7 @@ def clean_text(
     text,                     # anything; missing values and numbers too
     limit: int|None=MAX_TEXT  # characters kept; None: all
 ) -> str:  # Unicode NFKC, no HTML, no invisible characters, single spaces; '' for a missing value
-    "Text as one would have typed it"
+    "Text without markup, HTML entities and invisible characters"
     if text is None or text is pd.NA or text != text: return ''
     text = str(text)
     plain = text.isascii() and text.isprintable() and '&' not in text and '<' not in text
@@ -59,7 +59,7 @@ def clean_text(
 
 # %% ../nbs/03_data.ipynb #7ed7f643
 def text_key(text) -> str:
-    "What a text is compared by: cleaned, case folded"
+    "The form in which texts are compared: cleaned, case folded"
     text = clean_text(text).casefold()
     return text if text.isascii() else unicodedata.normalize('NFKC', text)
 

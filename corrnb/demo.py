@@ -36,10 +36,18 @@ class Event(NamedTuple):
     close: str    # last trading day in 2031, such as "Sep 30"; a leg of dates has its own
     legs: tuple
 
-def up(values, *titles): return Leg('up', values.split(', '), titles)
-def down(values, *titles): return Leg('down', values.split(', '), titles)
-def dates(values, *titles): return Leg('dates', values.split(', '), titles)
-def rivals(values, *titles): return Leg('rivals', values.split(', '), titles)
+def up(values, *titles):
+    "Rungs of a ladder, from the nearest to the farthest"
+    return Leg('up', values.split(', '), titles)
+def down(values, *titles):
+    "Rungs of a ladder that falls, from the nearest to the farthest"
+    return Leg('down', values.split(', '), titles)
+def dates(values, *titles):
+    "The same outcome by earlier or later dates"
+    return Leg('dates', values.split(', '), titles)
+def rivals(values, *titles):
+    "Outcomes of which only one can happen; a sign says how the drivers act on it"
+    return Leg('rivals', values.split(', '), titles)
 
 ENDS = 'Jun 30, Jul 31, Aug 31, Sep 30'  # the usual dates of a leg of `dates`
 

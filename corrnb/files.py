@@ -113,7 +113,7 @@ def _replace_dir(new: Path, path: Path):
 def atomic_dir(
     path: str|Path  # folder to make; an existing one is replaced
 ) -> Iterator[Path]:
-    "A temporary folder to fill, which takes the place of `path` when the block succeeds and goes when it fails"
+    "A temporary folder to fill; it takes the place of `path` when the block succeeds and is removed when it fails"
     path = Path(path)
     tmp = _beside(path)
     try:
@@ -130,7 +130,7 @@ def require(
     step: str,      # what makes the file or folder, such as 'prepare.ipynb'
     path: str|Path  # file or folder to read
 ) -> Path:  # the path; FileNotFoundError that names the step if it is not there
-    "What an earlier step leaves"
+    "The file or folder that an earlier step made"
     if Path(path).exists(): return Path(path)
     raise FileNotFoundError(f'{path} is not there: run {step} first')
 

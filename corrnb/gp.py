@@ -96,14 +96,22 @@ class Views:
         def cosine(x, y): return x @ y.T if isinstance(x, np.ndarray) else (x @ y.T).toarray()
         return self._apart(view, cosine, x, y)
 
-    def sides(self, features: list, ab: np.ndarray) -> np.ndarray:  # (n, views)
-        "Distances of the two contracts of each pair: looked up among all contracts where many pairs share them"
+    def side(self, view: int, x, ab: np.ndarray) -> np.ndarray:  # (n,)
+        "Distances of the two contracts of each pair by one view, whose features are `x`"
+        if x.shape[0]**2 <= 4*len(ab): return self.between(view, x, x)[ab[:, 0], ab[:, 1]]   # many pairs share them
         def cosine(x, y): return ((x*y) if isinstance(x, np.ndarray) else x.multiply(y)).sum(1)
-        def of(i, f):
-            if f.shape[0]**2 <= 4*len(ab): return self.between(i, f, f)[ab[:, 0], ab[:, 1]]
-            parts = np.array_split(ab, len(ab)//PART + 1)
-            return np.concatenate([np.ravel(self._apart(i, cosine, f[p[:, 0]], f[p[:, 1]])) for p in parts])
-        return np.stack([of(i, f) for i, f in enumerate(features)], axis=1)
+        parts = np.array_split(ab, len(ab)//PART + 1)
+        return np.concatenate([np.ravel(self._apart(view, cosine, x[p[:, 0]], x[p[:, 1]])) for p in parts])
+
+    def sides(self, features: list, ab: np.ndarray) -> np.ndarray:  # (n, views)
+        "The same by all views"
+        return np.stack([self.side(i, x, ab) for i, x in enumerate(features)], axis=1)
+
+    def alike(self, rows: pd.DataFrame) -> np.ndarray:  # (n,) cosines
+        "How much the two titles of each pair are alike in their characters"
+        codes, titles = pd.factorize(np.concatenate([rows[f'contract_{s}_title'].to_numpy(str) for s in 'ab']))
+        view = self.names.index('characters')
+        return 1 - self.side(view, self.words[-1].transform(titles), codes.reshape(2, -1).T)
 
 # %% ../nbs/23_gp.ipynb #f0a49ac8
 SIZES = ('both contracts', 'similarity of the two sides, any shape', 'similarity of the two sides, linear', 'all pairs')

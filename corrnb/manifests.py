@@ -45,7 +45,7 @@ def _place_of_base(model, folder: Path) -> dict:
 def read_manifest(
     folder: str|Path   # trained folder
 ) -> dict:             # FileNotFoundError where there is none, ValueError where it cannot be read
-    "What `save_trained` wrote"
+    "The manifest that `save_trained` wrote"
     path = Path(folder)/'corrnb.json'
     if not path.exists(): raise FileNotFoundError(f'{folder} is no trained folder: it has no corrnb.json')
     try: facts = json.loads(path.read_text('utf-8'))

@@ -139,7 +139,7 @@ def _folder_or_hub(name: str, cache_dir: Path | None) -> str:
     return str(embedded_folder(cache_dir)) if name == 'embedded' else name
 
 def public_name(name: str) -> str:  # a folder's own name, without its place on this machine; else the name itself
-    "What a model is called in files that travel"
+    "Name of a model in files that go to other machines"
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 def _hub_answers() -> bool:

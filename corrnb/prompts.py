@@ -60,7 +60,7 @@ def string_ends(text: str) -> bool:
 def read_string(
     text: str  # of a JSON string without its first quotation mark, and what comes behind it
 ) -> str:      # without white space around it; '' where nothing can be read
-    "What a generated JSON string says"
+    "Text of a generated JSON string"
     inside = _STRAY.sub(r'\1', _inside(text))
     said = json.loads(f'"{inside}"', strict=False)
     return said.encode(errors='ignore').decode().strip()   # half a surrogate pair is no text
@@ -143,7 +143,7 @@ class ContractTexts:
         return rows
 
 def details_of(row: dict) -> tuple[str, str]:  # '' where there are none
-    "What is known of both contracts of a row of `ContractTexts` beside their titles"
+    "Details of both contracts of a row of `ContractTexts`, besides their titles"
     return row.get('contract_a_details') or '', row.get('contract_b_details') or ''
 
 # %% ../nbs/12_prompts.ipynb #3a8d1322

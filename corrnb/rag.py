@@ -316,7 +316,7 @@ def smallest(
 
 # %% ../nbs/16_rag.ipynb #a9567725
 def contract_texts(pairs: pd.DataFrame) -> np.ndarray:  # (n, 2) strings
-    "What is embedded of both contracts: the title, and behind it the details where `prompts.ContractTexts` gave them"
+    "Texts to embed of both contracts: the title, and behind it the details that `prompts.ContractTexts` gave"
     def side(s):
         title, details = pairs[f'contract_{s}_title'], pairs.get(f'contract_{s}_details')
         return title if details is None else (title + ' ' + details).str.rstrip()

@@ -289,7 +289,7 @@ def new_keys(
     table: type[Base],
     hashes: list[str]    # hexadecimal, at least 32 digits
 ) -> list[str]:  # uuids, whole numbers below 2**60, or 16 digits of the hashes
-    "Hashes as keys of the kind that the table in the database has"
+    "Hashes as keys of the type that the table in the database has"
     columns = sa.inspect(engine).get_columns(table.__tablename__)
     kind = next(c['type'] for c in columns if c['name'] == list(table.__table__.primary_key)[0].name)
     if isinstance(kind, sa.Uuid): return [str(UUID(h[:32])) for h in hashes]

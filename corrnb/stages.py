@@ -45,7 +45,7 @@ from .quotes import fill_quotes
 from .rag import PairRetriever, rows_fingerprint
 from .schema import make_engine, read_pairs_table
 from .splits import contract_groups, limit_pairs, split_pairs
-from .stack import Members, Stack, equal_weights, fit_members, fit_stack, load_members, save_members
+from .stack import Members, Stack, equal_weights, fit_members, fit_pool, fit_stack, load_members, save_members
 from .training import RegressionAugmentedTrainer, make_trainer
 
 # %% ../nbs/31_stages.ipynb #cf4b9f09
@@ -199,22 +199,19 @@ def warn_of_seen(
 def _measured(rows: pd.DataFrame, target: str) -> pd.DataFrame:  # label errors are those of measured prices
     return rows if target == 'price_correlation' else rows.drop(columns='fisher_z_se', errors='ignore')
 
-def _without_model(stack: Stack, members) -> Stack:
-    "The stack of the members that can be asked without their contracts"
-    total = sum(stack.weights.get(m, 0) for m in members)
-    return Stack({m: stack.weights.get(m, 0)/total for m in members}) if total else equal_weights(members)
+
 
 def _fit_stack(config, predictor, sides, near) -> tuple[Members, Stack, PastUpdate, dict[str, float]]:
     "The other members, the weights of all, what a past does, and the CRPS of validation rows, whose labels none knows"
     train_rows, val, test = (_measured(side, config.target) for side in sides)
     known, layers = pd.concat([train_rows, val], ignore_index=True), tuple(spread_layers(predictor.model))
-    members, held = fit_members(known, config.target, test.novelty, predictor.retriever, layers)
-    labels, y = known[config.target].to_numpy(float)[held.row], val[config.target].to_numpy(float)
+    members, out_of_fold = fit_members(known, config.target, test.novelty, predictor.retriever, layers)
+    y = val[config.target].to_numpy(float)
     forecasts = members.given(train_rows).forecasts(val)
     forecasts['language_model'] = predictor.model_distribution(val, near, progress=True)
-    asked = members.out_of_fold(known, held)
-    stack = fit_stack(asked, labels, held.weight, forecasts, y)
-    past = fit_past(known.iloc[held.row], _without_model(stack, asked)(asked), config.target, held.weight)
+    stack = fit_stack(out_of_fold, forecasts, y, contract_groups(val))
+    asked = fit_pool(out_of_fold)(out_of_fold.forecasts)
+    past = fit_past(known.iloc[out_of_fold.row], asked, config.target, out_of_fold.weight)
     crps = {n: d.crps(torch.tensor(y)).mean().item() for n, d in (forecasts | dict(stack=stack(forecasts))).items()}
     return members, stack, past, crps
 

@@ -3,7 +3,8 @@ its own. What is there is not run again.
 
     CORRNB_DATA_DIR=... python learning.py RESULTS [PATTERN ...]
 
-Those called `members-...` train no language model: the stack of the others, and the baselines, in a minute.
+Those called `members-...` train no language model: the stack of the others, and the baselines, in a minute. Those
+called `stack-...` put the forecasts of a language model that were saved beside the other members as they are today.
 """
 import io
 import json
@@ -27,8 +28,8 @@ from corrnb.files import atomic_write
 from corrnb.models import load_model, load_tokenizer
 from corrnb.parameters import RunConfig
 from corrnb.rag import PairRetriever
-from corrnb.splits import add_novelty, contract_kfold, split_pairs
-from corrnb.stack import equal_weights, fit_members, fit_pool
+from corrnb.splits import add_novelty, contract_groups, contract_kfold, split_pairs
+from corrnb.stack import equal_weights, fit_members, fit_pool, fit_stack
 from corrnb.stages import build_index, evaluate, prepare, train
 
 TARGET, FOLDS = 'price_correlation', 5
@@ -36,7 +37,9 @@ BASE = dict(target=TARGET, model_name='embedded', use_4bit=False, text_loss_weig
             lora_last_layers=12, prompt_variants=1, neighbour_dropout=0., rag_top_k=4, both_orders=False)
 PLAN = {f'futures-{f}': dict(dataset=f'futures-{f}') for f in range(FOLDS)}
 PLAN |= {'market': dict(dataset='market', num_train_epochs=1), 'events': dict(dataset='events', num_train_epochs=2)}
-PLAN = {f'members-{name}': dict(dataset=name) for name in PLAN} | PLAN
+EVENTS = [f'events-{f}' for f in range(FOLDS)]
+PLAN = {f'members-{n}': dict(dataset=n) for n in [*PLAN, *EVENTS]} | PLAN | {
+    f'stack-{n}': dict(dataset=n) for n in PLAN}
 PLAN |= {f'futures-0-{name}': dict(settings, dataset='futures-0', untuned=False) for name, settings in
          {'w0': dict(regression_loss_weight=0.), 'w1': dict(regression_loss_weight=1.),
           'w20': dict(regression_loss_weight=20.), 'crps10': dict(regression_loss_type='crps'),
@@ -52,7 +55,7 @@ def contract_split(pairs: pd.DataFrame, fold: int) -> pd.DataFrame:
     return add_novelty(pairs.assign(split=inner.split.replace('test', 'val').reindex(pairs.index).fillna(pairs.split)))
 
 def data(name: str) -> pd.DataFrame:
-    "Pairs with their sides: 'futures-0' to 'futures-4' (contract folds), 'events' and 'market' (one contract split)"
+    "Pairs with their sides: contract folds 'futures-0' to 'events-4', or one contract split: 'events', 'market'"
     kind, *fold = name.split('-')
     if kind == 'market':    # three draws of the simulation: other pairs and other prices of the same contracts
         draws = pd.concat([simulate_market(seed).pairs for seed in range(3)]).drop_duplicates('id')
@@ -65,6 +68,7 @@ def data(name: str) -> pd.DataFrame:
 def experiment(results: Path, name: str, dataset: str, **settings):
     "Run all stages in a folder, and keep what every method forecasts for the held-out rows"
     if name.startswith('members-'): return without_language_model(results, name, dataset)
+    if name.startswith('stack-'): return stacked(results, name, dataset)
     run, clock = results/'runs'/name, [time.perf_counter()]
     pairs = atomic_write(results/'pairs'/f'{dataset}.parquet', data(dataset).to_parquet())
     config = RunConfig(**BASE | dict(pairs=str(pairs)) | settings)
@@ -83,20 +87,46 @@ def without_language_model(results: Path, name: str, dataset: str):
     "Forecasts of the test rows by all that needs no language model to be trained, from training and validation rows"
     pairs, start = data(dataset), time.perf_counter()
     known, rows = (pairs[i].reset_index(drop=True) for i in (pairs.split != 'test', pairs.split == 'test'))
-    model, tokenizer = load_model('embedded', device='cpu'), load_tokenizer('embedded')
-    retriever = PairRetriever.build(pairs, TARGET, model, tokenizer, RunConfig().embedding_layers, results/'vectors')
-    members, held = fit_members(known, TARGET, rows.novelty, retriever, tuple(spread_layers(model)))
-    asked, y = members.out_of_fold(known, held), known[TARGET].to_numpy()[held.row]
-    stack = fit_pool(asked, y, held.weight)
-    found = members.forecasts(rows)
+    members, out_of_fold = members_of(results, pairs, known, rows)
+    stack, found = fit_pool(out_of_fold), members.forecasts(rows)
     found |= dict(equal_average=equal_weights([*found])(found), model=stack(found))
     vectors = dict(train_vectors=members.retriever.vectors(known), row_vectors=members.retriever.vectors(rows))
     near = members.retriever.known(rows, BASE['rag_top_k'])
     points = baseline_predictions(known, rows, TARGET, neighbours=near, **vectors)
     points = points.assign(**{n: d.mean.numpy() for n, d in found.items()})
-    seconds = dict(all=time.perf_counter() - start)
-    facts = dict(dataset=dataset, seconds=seconds, history=[], stack=dict(weights=stack.weights))
-    save(results/f'{name}.npz', facts, rows.join(points.add_prefix('point_')), found)
+    keep(results/f'{name}.npz', dataset, start, members, stack, rows.join(points.add_prefix('point_')), found)
+
+def members_of(results: Path, pairs: pd.DataFrame, known: pd.DataFrame, rows: pd.DataFrame) -> tuple:
+    "`fit_members` with vectors of the embedded model"
+    model, tokenizer = load_model('embedded', device='cpu'), load_tokenizer('embedded')
+    retriever = PairRetriever.build(pairs, TARGET, model, tokenizer, RunConfig().embedding_layers, results/'vectors')
+    return fit_members(known, TARGET, rows.novelty, retriever, tuple(spread_layers(model)))
+
+def stacked(results: Path, name: str, dataset: str):
+    "The forecasts of a language model as they were saved, with the other members and the weights as they are today"
+    pairs, start, saved = data(dataset), time.perf_counter(), read(results/f'{dataset}.npz')
+    train, val, rows = (pairs[pairs.split == s].reset_index(drop=True) for s in ('train', 'val', 'test'))
+    known = pairs[pairs.split != 'test'].reset_index(drop=True)
+    members, out_of_fold = members_of(results, pairs, known, rows)
+    def of_model(side, model): return part(saved, model, pd.Index(saved['rows'].id).get_indexer(side.id))
+    validation = members.given(train).forecasts(val) | dict(language_model=of_model(val, 'language_model'))
+    stack = fit_stack(out_of_fold, validation, val[TARGET].to_numpy(float), contract_groups(val))
+    found = members.forecasts(rows) | {m: of_model(rows, m) for m in ('language_model', 'untuned_model')}
+    found |= dict(equal_average=equal_weights([*stack.weights])(found), model=stack(found))
+    points = pd.DataFrame({n: d.mean.numpy() for n, d in found.items()})
+    keep(results/f'{name}.npz', dataset, start, members, stack, rows.join(points.add_prefix('point_')), found)
+
+def part(result: dict, method: str, places: np.ndarray) -> AnswerDistribution:
+    "Some rows of a saved forecast, which has all of them"
+    assert (places >= 0).all(), 'rows without a forecast: the data have changed since it was made'
+    d = result['forecasts'][method]
+    return AnswerDistribution(d.values, d.log_probs[torch.tensor(places)])
+
+def keep(path: Path, dataset: str, start: float, members, stack, rows, forecasts):
+    "Save what was made since `start`"
+    facts = dict(dataset=dataset, seconds=dict(all=time.perf_counter() - start), history=[],
+                 stack=dict(weights=stack.weights), slopes=members.slopes)
+    save(path, facts, rows, forecasts)
 
 def save(path: Path, facts: dict, rows: pd.DataFrame, forecasts: dict):
     "Write what `read` reads"
@@ -138,5 +168,6 @@ if __name__ == '__main__':
     results, patterns = Path(sys.argv[1]).resolve(), sys.argv[2:] or ['*']
     for name, settings in PLAN.items():
         if (results/f'{name}.npz').exists() or not any(fnmatch(name, p) for p in patterns): continue
+        if name.startswith('stack-') and not (results/f'{settings["dataset"]}.npz').exists(): continue
         print(f'== {name} {settings}', flush=True)
         experiment(results, name, **settings)

@@ -74,10 +74,9 @@ def retriever(rows: pd.DataFrame, results: Path) -> tuple[PairRetriever, tuple]:
 
 def stacked(known: pd.DataFrame, rows: pd.DataFrame, embeds: tuple) -> tuple:
     "The stack's forecasts of rows; and rows of the fit as often as they were asked, their forecasts and weights"
-    members, held = fit_members(known, TARGET, rows.novelty, *embeds)
-    asked = members.out_of_fold(known, held)
-    stack = fit_pool(asked, known[TARGET].to_numpy()[held.row], held.weight)
-    return stack(members.forecasts(rows)), (known.iloc[held.row], stack(asked), held.weight)
+    members, asked = fit_members(known, TARGET, rows.novelty, *embeds)
+    stack = fit_pool(asked)
+    return stack(members.forecasts(rows)), (known.iloc[asked.row], stack(asked.forecasts), asked.weight)
 
 def informed(update: PastUpdate, before: AnswerDistribution, rows: pd.DataFrame) -> pd.DataFrame:
     "Rows with means and 90 % intervals without and with what is known, and the numbers of the update"
