@@ -23,6 +23,8 @@ from .bounds import check_contracts, quotes, related_pairs
 from .contracts import unique_titles
 from .data import NAME, NUMBER, PairError, check_rows, counted, text_key
 from .inference import CorrelationPredictor
+from .past import so_far
+from .prices import PriceSeries
 from .prompts import format_correlation
 from .related import BLOCK, forecasts, pairs_of
 from .relations import compare, read_title
@@ -154,7 +156,8 @@ def make_book(
     contracts: pd.DataFrame,           # as of `check_contracts`; position and volatility where there are any
     measured: pd.DataFrame|None=None,  # contract_a_id, contract_b_id, price_correlation, price_correlation_se
     whole: bool=True,                  # forecast by the whole stack; False: by the Gaussian process alone, fast
-    progress: bool=False               # show a bar
+    progress: bool=False,              # show a bar
+    prices: PriceSeries|None=None      # until now: what they say of each pair moves its forecast, see `past`
 ) -> Book:
     "Forecast all pairs of contracts; `PairError` for what cannot be used"
     contracts = check_rows(check_contracts(contracts), POSITION, [], [])
@@ -164,7 +167,9 @@ def make_book(
     a, b = np.triu_indices(n, 1)
     forecast, sd, fixed = np.eye(n), np.zeros((n, n)), np.zeros((n, n), dtype=bool)
     for part in np.array_split(np.arange(len(a)), len(a)//BLOCK + 1):
-        dist = forecasts(predictor, pairs_of(named, a[part], b[part]), whole, progress)
+        pairs = pairs_of(named, a[part], b[part])
+        if prices is not None: pairs = so_far(prices, pairs)
+        dist = forecasts(predictor, pairs, whole, progress)
         forecast[a[part], b[part]], sd[a[part], b[part]] = dist.mean.numpy(), dist.std.numpy()
     same = _same_questions(contracts)
     forecast[same], sd[same] = 1, LEAST_SD

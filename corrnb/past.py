@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Z', 'PART', 'NESTED', 'EXCLUSIVE', 'SCALE', 'START', 'in_z', 'moments', 'measured', 'shared_words', 'quoted', 'Known',
-           'known_of', 'PastUpdate', 'update_steps', 'fit_past', 'explain_steps']
+           'known_of', 'PastUpdate', 'update_steps', 'fit_past', 'so_far', 'explain_steps']
 
-# %% ../nbs/24b_past.ipynb #840a29f3
+# %% ../nbs/24b_past.ipynb #aa3ac346
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import log
@@ -18,7 +18,10 @@ from scipy.optimize import minimize
 from sklearn.feature_extraction.text import CountVectorizer
 
 from .answers import AnswerDistribution
+from .as_of import known_at
 from .gp import GRID
+from .labels import LabelRules, pair_ends
+from .prices import PriceSeries
 from .relations import read_title, relations
 
 # %% ../nbs/24b_past.ipynb #b4596e9d
@@ -200,6 +203,17 @@ def fit_past(
     limits = [*zip((mean - 3*sd).tolist(), (mean + 3*sd).tolist())]
     best = minimize(loss, mean.numpy(), jac=True, method='L-BFGS-B', bounds=limits)
     return PastUpdate(noise, *map(float, best.x))
+
+# %% ../nbs/24b_past.ipynb #d4048470
+def so_far(
+    series: PriceSeries,              # up to the time of asking
+    pairs: pd.DataFrame,              # with contract_a_id, contract_b_id
+    rules: LabelRules = LabelRules()
+) -> pd.DataFrame:                    # with the columns of `as_of.known_at`, as of the last price
+    "Pairs with what their prices say until now"
+    ends, _ = pair_ends(series, pairs)
+    known = known_at(series, ends, rules, np.full(len(pairs), series.times.max()))
+    return pairs.assign(**{name: known[name].to_numpy() for name in known})
 
 # %% ../nbs/24b_past.ipynb #c6db9cec
 def explain_steps(

@@ -97,7 +97,7 @@ def forecasts(
         found = [p.distribution for p in predictor.predict_many(pairs, progress)]
         return AnswerDistribution(found[0].values, torch.stack([d.log_probs for d in found]))
     mean, variance = gp_of(predictor).moments(pairs)
-    dist = cells(GRID, mean, np.sqrt(variance))
+    dist, _ = predictor.after_past(cells(GRID, mean, np.sqrt(variance)), pairs)
     return restrict(dist, *pair_bounds(pairs)) if predictor.bounded else dist
 
 # %% ../nbs/34_related.ipynb #de93e130
