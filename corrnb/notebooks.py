@@ -13,6 +13,7 @@ import ast
 import ctypes
 import gc
 import html
+import io
 import json
 import logging
 import os
@@ -328,11 +329,11 @@ class Screen:
     def __getattr__(self, name: str): return getattr(self.stream, name)
     def write(self, text: str):
         text = scrub(text, self.secrets)
-        with suppress(OSError, ValueError):
+        with suppress(Exception):   # of any kind: the stream may draw, too
             try: self.stream.write(text)
             except UnicodeEncodeError: self.stream.write(text.encode('ascii', 'backslashreplace').decode())
     def flush(self):
-        with suppress(OSError, ValueError): self.stream.flush()
+        with suppress(Exception): self.stream.flush()
 
 LOG = 'run.log'   # of a run folder
 
@@ -444,6 +445,21 @@ class _Portable(logging.Formatter):
         self.folder = folder
     def format(self, record): return portable(super().format(record), places(self.folder))
 
+def _log_bars():
+    "Progress bars write lines into the log: `predict 3 of 12`, at most one a second; also those of transformers"
+    import tqdm.auto
+    from tqdm.std import tqdm as plain
+    class LoggedBar(plain):
+        "A progress bar that no notebook shows"
+        def __init__(self, *args, **kwargs):
+            self.last = 0
+            super().__init__(*args, **kwargs | dict(file=io.StringIO(), mininterval=1))
+        def display(self, msg=None, pos=None):
+            if not self.total or self.n <= self.last: return
+            self.last, what = self.n, self.desc.rstrip(': ') or 'item'
+            logging.getLogger('corrnb').info('%s %d of %d', what, self.n, self.total)
+    tqdm.auto.tqdm = LoggedBar
+
 def begin_notebook(
     folder: str   # with the log
 ):
@@ -453,7 +469,9 @@ def begin_notebook(
     log = logging.getLogger('corrnb')
     log.handlers, log.propagate = [handler], False
     log.setLevel('INFO')
-    if not _at_start: return _at_start.update(environ=dict(os.environ), folder=os.getcwd(), path=[*sys.path])
+    if not _at_start:
+        _log_bars()   # before any module takes the other ones
+        return _at_start.update(environ=dict(os.environ), folder=os.getcwd(), path=[*sys.path])
     get_ipython().reset()
     _put_back()
     _free_memory()
