@@ -26,7 +26,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=[*find_packages(include=['corrnb*']), notebooks],
     package_dir={notebooks: 'nbs/pipeline'},
-    package_data={notebooks: ['*.ipynb', 'profiles/*.yaml'], cfg['lib_path']: ['py.typed', 'page.html']},
+    package_data={notebooks: ['*.ipynb', 'profiles/*.yaml'], cfg['lib_path']: ['py.typed', 'page.html', 'report.html.j2']},
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in extras},
     entry_points={'console_scripts': cfg['console_scripts'].split(),

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'NEAR_TOP', 'method_name', 'how_good', 'against', 'place', 'rank', 'how_sure', 'made_of', 'facts',
-           'time_taken', 'summary_lines', 'headline', 'sentence']
+           'time_taken', 'summary_lines', 'headline', 'sentence', 'Result', 'Facts', 'cost_of_training']
 
 # %% ../nbs/29b_summary.ipynb #summ0002
+import html
 from textwrap import shorten
 
 # %% ../nbs/29b_summary.ipynb #summ0005
@@ -168,3 +169,33 @@ def sentence(
     explained = '' if r2 is None else f' and an R2 of {r2:.3f}'
     return (f"With an MAE of {test['model']['mae']:.3f}{explained} corrnb is number {at} of {n} forecasts; "
             f"{method_name(best)}, the best baseline, has an MAE of {test[best]['mae']:.3f} ({word}).")
+
+# %% ../nbs/29b_summary.ipynb #summ0029
+def _as_html(text: str) -> str: return html.escape(text).replace('R2', 'R²')
+
+class Result:
+    "Headline and sentence"
+    def __init__(self, metrics: dict):   # as in metrics.json
+        self.title, self.text = headline(metrics), sentence(metrics)
+    def __repr__(self): return f'{self.title}\n{self.text}'
+    def _repr_html_(self): return f'<h1>{_as_html(self.title)}</h1><p class="lead">{_as_html(self.text)}</p>'
+
+class Facts:
+    "What there is to say about a run, as a table"
+    def __init__(self, metrics: dict): self.facts = facts(metrics)   # as in metrics.json
+    def __repr__(self): return '\n'.join(f'{title:11}{text}' for title, text in self.facts.items())
+    def _repr_html_(self):
+        lines = [f'<tr><th>{title}</th><td style="text-align: left">{_as_html(text)}</td></tr>'
+                 for title, text in self.facts.items()]
+        return f'<table class="facts">{"".join(lines)}</table>'
+
+def cost_of_training(
+    metrics: dict   # as in metrics.json
+) -> str:
+    "Time, tokens and memory that the training took; nothing where that is not known"
+    cost = (metrics.get('cost') or {}).get('training')
+    if not cost: return ''
+    speed = f", {cost['tokens_per_second']:,.0f} a second" if cost['tokens_per_second'] else ''
+    of = 'the process' if cost['memory_of'] == 'process' else cost['memory_of']
+    return (f"Training of the language model: {cost['seconds']:,.0f} s for {cost['tokens']:,} tokens{speed}; "
+            f"most memory of {of}: {cost['peak_memory']/1e9:.1f} GB")
