@@ -79,7 +79,9 @@ class Steps:
         if self.done <= begin: return None
         return max(0., (self.at - since)/(self.done - begin)*(self.total - self.done) - (now - self.at))
 
-    def __str__(self): return f'{self.what} {self.done} of {self.total}' if self.total else ''
+    @property
+    def goes_on(self) -> bool: return self.done < self.total
+    def __str__(self): return f'{self.what} {self.done} of {self.total}' if self.goes_on else ''
 
 # %% ../nbs/32b_live.ipynb #live0012
 def is_live(
@@ -124,8 +126,8 @@ class LiveView(PlainView):
         cells = [Text(name, style=styles.get(line.state, '')), Text(line.state, style=styles.get(line.state, 'green'))]
         if line.state == 'waiting': return cells
         if line.state != 'running': return [*cells, Text(f'{line.seconds:7.1f} s' if line.seconds else '')]
-        known = self.steps.total or None
-        left = self.steps.left(now)
+        known = self.steps.total if self.steps.goes_on else None
+        left = self.steps.left(now) if known else None
         text = str(self.steps) + (f', {clock(left)} left' if left is not None else '')
         bar = ProgressBar(known, self.steps.done, width=24, pulse=not known, animation_time=now)
         return [*cells, Text(f'{clock(now - line.since):>9}'), bar, Text(text)]

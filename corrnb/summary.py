@@ -32,10 +32,12 @@ def _pairs(metrics: dict) -> str:
     found = ', '.join(f'{rows[kind]} {text}' for kind, text in kinds.items() if kind in rows)
     return f"{metrics['test']['model']['n']} held-out pairs" + (f': {found}' if found else '')
 
+def _number(x: float) -> str: return f'{x:.3f}' if abs(x) < 100 else f'{x:,.0f}'   # R2 of few pairs may be anything
+
 def _interval(of: dict|None) -> str:
     "The 95 % interval of a metric; nothing where there were too few rows or contracts for one"
     if not of or None in (of['lower'], of['upper']): return ''
-    return f"{of['lower']:.3f} to {of['upper']:.3f}"
+    return f"{_number(of['lower'])} to {_number(of['upper'])}"
 
 def how_good(
     metrics: dict   # as in metrics.json
