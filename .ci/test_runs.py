@@ -72,8 +72,8 @@ def test_ends_with_ten_lines(tiny):
     assert f"MAE {model['mae']:.3f} (" in said['How good'] and f"R2 {model['r2']:.3f} (" in said['How good']
     assert f"MAE {best['mae']:.3f};" in said['Against']
     better = sum(m['mae'] < model['mae'] - 1e-9 for m in metrics['test'].values())
-    assert said['Rank'].startswith(f"number {better + 1} of {len(metrics['test'])}")
-    assert ('not near the top' in said['Rank']) == (better > 2)
+    assert said['Rank by MAE'].startswith(f"number {better + 1} of {len(metrics['test'])}")
+    assert ('not near the top' in said['Rank by MAE']) == (better > 2)
     assert f"{metrics['intervals']['test']['coverage_90']:.0%}".replace('%', ' % of the labels') in said['How sure']
     assert said['Report'].split(' (')[0] == str(tiny.run/'report.html') and f'--model {tiny.run}' in said['Next']
 

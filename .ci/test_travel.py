@@ -73,7 +73,7 @@ def test_moved_and_without_a_cache(travelled):
     asked = 'predict', 'Will it rain in Paris?', 'Will it rain in Lyon?', '--model', runs/'renamed'
     said = call(bin/'corrnb', *asked, more_env={'MODEL_CACHE_DIR': '/dev/null/cache'})
     assert 'correlation ' in said and said.count('/dev/null/cache') == 1, said
-    assert 'How good    MAE ' in call(bin/'corrnb', 'evaluate', '--model', runs/'renamed')
+    assert 'How good     MAE ' in call(bin/'corrnb', 'evaluate', '--model', runs/'renamed')
 
 @pytest.mark.seconds(1)
 def test_titles_are_text(travelled):

@@ -111,7 +111,8 @@ class LiveView(PlainView):
 
     def __init__(self, folder: Path, stages=STAGES, stream=None):   # run folder; names of stages; None: standard output
         super().__init__()
-        self.lines, self.steps, self.log = {name: _Line() for name in stages}, None, folder/LOG
+        self.lines, self.log = {name: _Line() for name in stages}, folder/LOG
+        self.steps: Steps|None = None
         self.stream, self.stopped, self.works = stream or sys.stdout, threading.Event(), True
 
     def __rich__(self) -> Table:

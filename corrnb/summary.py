@@ -44,7 +44,8 @@ def how_good(
 ) -> str:
     "MAE and R2 on test rows, with intervals and what the noise of the labels allows"
     sure = metrics.get('confidence', {}).get('test', {}).get('model', {})
-    limit, parts = metrics.get('ceilings', {}).get('test', {}).get('r2'), []
+    limit = metrics.get('ceilings', {}).get('test', {}).get('r2')
+    parts: list[str] = []
     for metric, title in (('mae', 'MAE'), ('r2', 'R2')):
         if (value := metrics['test']['model'].get(metric)) is None: continue
         noise = f'label noise allows {limit:.3f}' if metric == 'r2' and limit is not None else ''
@@ -84,7 +85,7 @@ def rank(
     "The place in words, and which forecasts corrnb is surely better or worse than"
     at, n = place(metrics)
     best = min(metrics['test'], key=lambda m: metrics['test'][m]['mae'])
-    first = f'number {at} of {n} by MAE'
+    first = f'number {at} of {n}'
     if at > NEAR_TOP: first += f', not near the top ({method_name(best)})'
     found = {m: d for m, d in metrics.get('difference_to_baselines', {}).items() if d['lower'] is not None}
     sure = dict(better=[m for m, d in found.items() if d['upper'] < 0],
@@ -120,7 +121,7 @@ def facts(
     "What there is to say about a run, by title"
     if not metrics: return {}
     found = {'Predicted': f"{metrics.get('target', 'the target')} of {_pairs(metrics)}", 'Average of': made_of(metrics),
-             'How good': how_good(metrics), 'Against': against(metrics), 'Rank': rank(metrics),
+             'How good': how_good(metrics), 'Against': against(metrics), 'Rank by MAE': rank(metrics),
              'How sure': how_sure(metrics)}
     return {title: text for title, text in found.items() if text}
 
@@ -142,12 +143,12 @@ def summary_lines(
     width: int = 118             # most characters of a line
 ) -> list[str]:                  # at most ten
     "What a run prints at its end"
-    found = {title: shorten(text, width - 12, placeholder=' ...') for title, text in facts(metrics or {}).items()}
+    found = {title: shorten(text, width - 13, placeholder=' ...') for title, text in facts(metrics or {}).items()}
     found |= {'Took': took} | ({'Report': f'{report} (all numbers: metrics.txt)'} if report else {'Run folder': run})
     if metrics:
         found |= {'Next': f'{command} predict "TITLE A" "TITLE B" --model {run}',
                   '': f'{command} related "TITLE", {command} matrix FILE and {command} serve take the same --model'}
-    return [f'{title:12}{text}' for title, text in found.items()]
+    return [f'{title:13}{text}' for title, text in found.items()]
 
 # %% ../nbs/29b_summary.ipynb #summ0025
 def headline(
@@ -185,7 +186,7 @@ class Result:
 class Facts:
     "What there is to say about a run, as a table"
     def __init__(self, metrics: dict): self.facts = facts(metrics)   # as in metrics.json
-    def __repr__(self): return '\n'.join(f'{title:11}{text}' for title, text in self.facts.items())
+    def __repr__(self): return '\n'.join(f'{title:13}{text}' for title, text in self.facts.items())
     def _repr_html_(self):
         lines = [f'<tr><th>{title}</th><td style="text-align: left">{_as_html(text)}</td></tr>'
                  for title, text in self.facts.items()]
