@@ -27,6 +27,7 @@ from corrnb.evaluation import (
     check_numbers,
     distribution_metrics,
 )
+from .parameters import PARAMETERS
 from .summary import method_name
 
 # %% ../nbs/30_plots.ipynb #f42f6662
@@ -316,6 +317,7 @@ def _written(value, column: str) -> str:
     if isinstance(value, str): return _WORDS.get(value, value.replace('_', ' ')) if column in _KINDS else value
     if pd.isna(value): return '\N{EN DASH}'
     if isinstance(value, (int, np.integer)) or column == 'n': return f'{value:,.0f}'
+    if column in PARAMETERS: return f'{value:g}'
     if column == 'seconds': return EngFormatter('s')(float(f'{value:.2g}'))
     if column.startswith(_SHARES): return f'{100*value:.0f} %'
     return (f'{value:,.0f}' if abs(value) >= 100 else f'{value:.3f}').replace('-', '\N{MINUS SIGN}')
