@@ -625,7 +625,7 @@ def _execute(stage: Stage, config: RunConfig, folder: Path, verbose: bool, kerne
 
 def _write_report(out: Path, folder: Path, secrets: list[str]):
     "Write the page of an executed notebook; what only shows must not lose a stage"
-    try: write_report(out, folder/REPORTS[out.stem], f'corrnb, {PAGE_OF[out.stem]} {folder.name}')
+    try: write_report(out, folder/REPORTS[out.stem], f'corrnb, {PAGE_OF.get(out.stem, out.stem)} {folder.name}')
     except Exception as e:
         text = scrub(f'No {REPORTS[out.stem]}: {type(e).__name__}: {e}', secrets)
         write_log(folder, text)
