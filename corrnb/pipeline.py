@@ -92,6 +92,11 @@ def _read_json(path: Path) -> dict:
     "What a JSON file holds, nothing if there is none"
     return json.loads(path.read_text()) if path.exists() else {}
 
+def _digest(path: Path) -> str|None:
+    "Hash of a file or folder, if there is one"
+    if not path.exists(): return None
+    return folder_hash(path) if path.is_dir() else sha256(path)
+
 def read_marker(folder: Path, stage: str) -> dict|None:
     "What a finished stage has left, None if it has not finished"
     return _read_json(folder/'stages'/f'{stage}.json') or None
@@ -105,7 +110,9 @@ def stage_parts(
     i = STAGES.index(stage.name)
     before = read_marker(folder, STAGES[i-1]) if i else None
     own = {n: inputs.digests.get(n, getattr(inputs.config, n)) for n in stage.parameters}
-    return dict(own=own, code=code_hash(stage.path), before=before and [before['key'], before['data']])
+    left = before and [before['data']] + [before['key']]*(stage.name != 'train')   # the same index, the same training
+    if stage.name == 'evaluate': left = [left, _digest(folder/'baselines.parquet')]
+    return dict(own=own, code=code_hash(stage.path), before=left)
 
 def stage_key(
     stage: Stage,
@@ -222,10 +229,11 @@ def _finish(
     seconds: float
 ) -> dict:
     "Write the marker of a finished stage; the marker"
-    pairs = folder/'pairs.parquet'
+    data = _digest(folder/'pairs.parquet')
+    if stage.name == 'index': data = content_hash(data, _digest(folder/'index'))
     parameters = relative_paths({n: getattr(config, n) for n in stage.parameters}, folder)
     finished = datetime.now(timezone.utc).isoformat(timespec='seconds')
-    marker = dict(key=content_hash(*parts.values()), data=sha256(pairs) if pairs.exists() else None,
+    marker = dict(key=content_hash(*parts.values()), data=data,
                   parameters=parameters, parts=parts, seconds=round(seconds, 2), finished=finished)
     atomic_write(folder/'stages'/f'{stage.name}.json', json.dumps(marker, indent=1) + '\n')
     return marker
@@ -245,7 +253,8 @@ def run_stage(
     database = 'pairs' in stage.parameters and inputs.config.pairs == 'database'
     same, done = is_same(stage, inputs, folder, keep), read_marker(folder, stage.name) or {}
     if same and not (force or database): return view.skip(stage.name)
-    if not same: forget(folder, STAGES[i:])    # else what is there is good until something better takes its place
+    recoded = stage.name == 'index' and is_kept(stage, inputs, folder)   # the training stays if it makes the same
+    if not same: forget(folder, STAGES[-1:] if recoded else STAGES[i:])   # else it is good until something better is there
     view.begin(stage.name)
     write_log(folder, f'{stage.name} begins')
     parts, start = stage_parts(stage, inputs, folder), time.perf_counter()
@@ -255,7 +264,7 @@ def run_stage(
         write_log(folder, str(e))
         raise
     marker = _finish(stage, parts, inputs.config, folder, time.perf_counter()-start)
-    if same and marker['data'] != done['data']: forget(folder, STAGES[i+1:])
+    if (same or recoded) and marker['data'] != done['data']: forget(folder, STAGES[i+1:])
     view.end(stage.name, marker['seconds'])
     write_log(folder, f"{stage.name} has finished after {marker['seconds']:.1f} s")
 
@@ -316,7 +325,8 @@ def trained_again(
     keep: bool             # as of `run_stage`
 ) -> str|None:             # what has changed, and for which stage; None if there is no training or it stays
     "Why a finished training is about to be done again"
-    first = next((s for s in stages[:3] if not is_same(s, inputs, folder, keep)), None)
+    def stays(s): return is_same(s, inputs, folder, keep) or s.name == 'index' and is_kept(s, inputs, folder)
+    first = next((s for s in stages[:3] if not stays(s)), None)
     if not first or not read_marker(folder, 'train'): return None
     hint = '; with --keep it stays' if is_kept(first, inputs, folder) else ''
     return f'Changed for {first.name}: {_what_changed(first, inputs, folder)}{hint}'
