@@ -254,7 +254,7 @@ def run_stage(
     same, done = is_same(stage, inputs, folder, keep), read_marker(folder, stage.name) or {}
     if same and not (force or database): return view.skip(stage.name)
     recoded = stage.name == 'index' and is_kept(stage, inputs, folder)   # the training stays if it makes the same
-    if not same: forget(folder, STAGES[-1:] if recoded else STAGES[i:])   # else it is good until something better is there
+    if not same: forget(folder, STAGES[-1:] if recoded else STAGES[i:])   # else it stays until there is better
     view.begin(stage.name)
     write_log(folder, f'{stage.name} begins')
     parts, start = stage_parts(stage, inputs, folder), time.perf_counter()
