@@ -19,8 +19,8 @@ from fastcore.basics import patch
 from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from .bounds import check_contracts, quotes, related_pairs
-from .contracts import unique_titles
+from .bounds import quotes, related_pairs
+from .contracts import check_contracts, unique_titles
 from .data import NAME, NUMBER, PairError, check_rows, counted, text_key
 from .inference import CorrelationPredictor
 from .prompts import format_correlation

@@ -237,10 +237,10 @@ def _related(
     "which contracts move with this one?"
     from corrnb.pipeline import find_run
     folder = find_run(model, runs_dir)
-    from corrnb.bounds import read_quoted  # loads torch
-    from corrnb.inference import CorrelationPredictor
+    from corrnb.contracts import read_contracts
+    from corrnb.inference import CorrelationPredictor  # loads torch
     from corrnb.related import related
-    among = None if universe is None else read_quoted(universe)
+    among = None if universe is None else read_contracts(universe)
     given = {n: v for n, v in dict(floor=floor, by=by, threshold=threshold).items() if v is not None}
     predictor = CorrelationPredictor.from_run(folder)
     found = related(predictor, title, k, among, other_events=other_events, whole=not fast, **given)
@@ -249,7 +249,7 @@ def _related(
 
 @app.command('matrix')
 def _matrix(
-    contracts: Annotated[str, typer.Argument(metavar='FILE', help='contracts: a .csv or .parquet file with titles')],
+    contracts: Annotated[str, typer.Argument(metavar='FILE', help='contracts with titles, as of `contradictions`')],
     out: Annotated[str, typer.Option(metavar='FILE', help='where the matrix goes')] = 'matrix.csv',
     cells: _option(str, 'FILE', 'a .csv file for the pairs: forecast, error, value in the matrix, correction') = None,
     plot: _option(str, 'FILE', 'a .png, .svg or .pdf file for the heat map') = None,
@@ -260,10 +260,10 @@ def _matrix(
     from corrnb.pipeline import find_run
     folder = find_run(model, runs_dir)
     from corrnb.book import make_book  # loads torch
-    from corrnb.bounds import read_quoted
+    from corrnb.contracts import read_contracts
     from corrnb.data import read_file
     from corrnb.inference import CorrelationPredictor
-    listed, labels = read_quoted(contracts), None if measured is None else read_file(measured)
+    listed, labels = read_contracts(contracts), None if measured is None else read_file(measured)
     book = make_book(CorrelationPredictor.from_run(folder), listed, labels, not fast, progress=True)
     atomic_write(out, book.frame.to_csv())
     if cells is not None: atomic_write(cells, book.cells().to_csv(index=False))
@@ -272,12 +272,13 @@ def _matrix(
 
 @app.command('contradictions')
 def _contradictions(
-    contracts: Annotated[str, typer.Argument(metavar='FILE', help='contracts with bid and ask, or price')],
+    contracts: Annotated[str, typer.Argument(metavar='FILE', help='contracts with prices: a table, or JSON of a venue')],
     out: _option(str, 'FILE', 'a .csv file for the list') = None, verbose: Verbose = False
 ):
     "which prices contradict each other, after bid and ask?"
-    from corrnb.bounds import contradictions, contradictions_text, read_quoted  # loads torch
-    listed = read_quoted(contracts)
+    from corrnb.bounds import contradictions, contradictions_text  # loads torch
+    from corrnb.contracts import read_contracts
+    listed = read_contracts(contracts)
     found = contradictions(listed)
     lists = {c: found[c].map(' | '.join) for c in ('contracts', 'prices')}
     if out is not None: atomic_write(out, found.assign(**lists).to_csv(index=False))

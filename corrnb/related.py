@@ -16,8 +16,8 @@ import torch
 from scipy.special import ndtr
 
 from .answers import AnswerDistribution
-from .bounds import NAMES, check_contracts, pair_bounds, restrict
-from .contracts import unique_titles
+from .bounds import pair_bounds, restrict
+from .contracts import PRICE_COLUMNS, check_contracts, unique_titles
 from .data import PairError, clean_text, counted, text_key
 from .gp import GRID, PairGP, cells
 from .inference import CorrelationPredictor
@@ -32,7 +32,7 @@ def pairs_of(
     a, b                      # (n,) positions
 ) -> pd.DataFrame:  # contract_a_id, contract_a_title, ..., the same for b
     "Both contracts of each pair side by side"
-    prices = contracts.reindex(columns=list(NAMES))
+    prices = contracts.reindex(columns=list(PRICE_COLUMNS))
     if prices.notna().any(axis=None): contracts = contracts.assign(data=prices.to_dict('records'))
     known = contracts[[c for c in ('contract_id', *SIDE) if c in contracts]].rename(columns={'contract_id': 'id'})
     sides = [known.iloc[at].reset_index(drop=True).add_prefix(f'contract_{s}_') for s, at in (('a', a), ('b', b))]
