@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST_SD', 'STEP', 'SHOWN_PAIRS', 'POSITION', 'SHOWN', 'SHOWN_TITLE', 'Risk', 'near_correlation',
-           'nearest_correlation', 'Book', 'make_book', 'drawn_errors', 'coverage_note', 'closes_before']
+           'nearest_correlation', 'Book', 'make_book', 'drawn_errors', 'coverage_note', 'complement_note',
+           'closes_before']
 
 # %% ../nbs/35_book.ipynb #025f0d19
 import warnings
@@ -25,7 +26,7 @@ from .data import NAME, NUMBER, PairError, check_rows, counted, text_key
 from .inference import CorrelationPredictor
 from .prompts import format_correlation
 from .related import BLOCK, forecasts, pairs_of
-from .relations import compare, read_title
+from .relations import READ, Relation, compare, read_title
 
 # %% ../nbs/35_book.ipynb #8838cbc6
 LEAST_SD = .005  # of a cell: what is known better counts as known so well
@@ -153,7 +154,7 @@ def make_book(
     predictor: CorrelationPredictor,   # with members, as from `from_run`
     contracts: pd.DataFrame,           # as of `check_contracts`; position and volatility where there are any
     measured: pd.DataFrame|None=None,  # contract_a_id, contract_b_id, price_correlation, price_correlation_se
-    whole: bool=True,                  # forecast by the whole stack; False: by the Gaussian process alone, fast
+
     progress: bool=False               # show a bar
 ) -> Book:
     "Forecast all pairs of contracts; `PairError` for what cannot be used"
@@ -164,7 +165,7 @@ def make_book(
     a, b = np.triu_indices(n, 1)
     forecast, sd, fixed = np.eye(n), np.zeros((n, n)), np.zeros((n, n), dtype=bool)
     for part in np.array_split(np.arange(len(a)), len(a)//BLOCK + 1):
-        dist = forecasts(predictor, pairs_of(named, a[part], b[part]), whole, progress)
+        dist = forecasts(predictor, pairs_of(named, a[part], b[part]), progress)
         forecast[a[part], b[part]], sd[a[part], b[part]] = dist.mean.numpy(), dist.std.numpy()
     same = _same_questions(contracts)
     forecast[same], sd[same] = 1, LEAST_SD
@@ -275,16 +276,24 @@ def risk(
     return Risk(float(x @ self.matrix[np.ix_(held, held)] @ x), float(low), float(high), float(x @ x))
 
 # %% ../nbs/35_book.ipynb #b6976e63
+def _compared(a: dict, b: dict) -> Relation:  # rows of contracts
+    "What logic fixes between two contracts"
+    names = ['contract_id' if n == 'id' else n for n in READ]
+    return compare(*(read_title(*(None if pd.isna(v := side.get(n)) else v for n in names)) for side in (a, b)))
+
 def coverage_note(
-    long: dict, short: dict  # title; event_id and close_date where known
+    long: dict, short: dict  # title; contract_id and what else `relations` reads, where known
 ) -> str:
     "Whether each share of a long position covers one that is short, whatever happens; '' where logic says nothing"
-    claims = [read_title(*(None if pd.isna(v := side.get(n)) else v for n in ('title', 'event_id', 'close_date')))
-              for side in (long, short)]
-    found = compare(*claims)
+    found = _compared(long, short)
     if found.implies in ('b', 'ab'): return f'covers share for share ({found.reason})'
     if found.implies == 'a': return f'does not cover: the short side can pay alone ({found.reason})'
     return ''
+
+def complement_note(a: dict, b: dict) -> str:  # as of `coverage_note`
+    "Says so where one of two contracts pays whatever happens"
+    found = _compared(a, b)
+    return f'one of both pays, whatever happens ({found.reason})' if found.relation == 'complement' else ''
 
 def closes_before(position: dict, hedge: dict) -> str:
     "Says how many days before the position its hedge closes; '' where it does not, or a date is unknown"
@@ -303,7 +312,7 @@ def hedges(
     contract_id: str,   # of the position
     size: float=1.,     # shares; negative: short
     n: int=200, level: float=.9, seed: int=0  # as of `risk`
-) -> pd.DataFrame:  # contract_id, title, shares, left (of the standard deviation), low, high, note; the best first
+) -> pd.DataFrame:  # by contract_id: title, shares, left (of the standard deviation), low, high, note; best first
     "Each other contract as a hedge of one position"
     i, volatility = self._at(contract_id), self.volatility()
     rho, drawn = self.matrix[i], self.draws(n, seed)[:, i]
@@ -313,17 +322,8 @@ def hedges(
     rows, notes = self.contracts.to_dict('records'), []
     for row, other in zip(rows, shares):
         sides = (rows[i], row) if size > 0 else (row, rows[i])
-        cover = coverage_note(*sides) if size*other < 0 else ''
+        cover = coverage_note(*sides) if size*other < 0 else complement_note(*sides)
         notes.append('; '.join(filter(None, (cover, closes_before(rows[i], row)))))
     table = self.contracts[['contract_id', 'title']].assign(
         shares=shares, left=np.sqrt((1 - rho**2).clip(0)), low=low, high=high, note=notes)
-    return table.drop(index=i).sort_values('left', kind='stable', ignore_index=True)
-
-@patch
-def hedge(
-    self: Book, contract_id: str, by: str, size: float=1., **options  # of both contracts; options as of `hedges`
-) -> pd.Series:  # a row of `hedges`
-    "The best hedge of one position by another contract"
-    self._at(by)
-    if str(by) == str(contract_id): raise PairError([f'{by} cannot hedge itself'])
-    return self.hedges(contract_id, size, **options).set_index('contract_id').loc[str(by)]
+    return table.drop(index=i).set_index('contract_id').sort_values('left', kind='stable')

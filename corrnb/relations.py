@@ -7,7 +7,7 @@ __all__ = ['Range', 'Claim', 'Relation', 'COUNTS', 'SCALES', 'NUMBER', 'RISE', '
            'MONTH', 'LIMITS', 'NEGATION', 'IGNORED', 'WINNING', 'ONE', 'ONE_WINNER', 'SHARED', 'RANK', 'RULES', 'READ',
            'KINDS', 'COLUMNS', 'RELATED', 'STATED', 'FEW', 'read_title', 'same_question', 'complement', 'one_outcome',
            'bracket', 'ladder', 'opposite', 'same_direction', 'exclusive', 'other_outcome', 'compare', 'relation',
-           'row_relations', 'distinct_rows', 'relations', 'pair_columns']
+           'row_relations', 'distinct_rows', 'other_sides', 'relations', 'pair_columns']
 
 # %% ../nbs/15_relations.ipynb #15d49452
 import calendar
@@ -235,6 +235,16 @@ def distinct_rows(
         codes, _ = pd.factorize(codes*(of_column.max(initial=0) + 2) + of_column + 1)
     return np.flatnonzero(~pd.Series(codes).duplicated()), codes
 
+def _equals(x, y) -> np.ndarray: return x.notna().to_numpy() & (x.to_numpy(object) == y.to_numpy(object))
+
+def other_sides(
+    pairs: pd.DataFrame  # contract_a_id, contract_a_complement_id, the same of b, where known
+) -> np.ndarray:  # (n,) bool
+    "Is one contract the other side of the other's market?"
+    ids, others = ([pairs.get(f'contract_{s}_{name}', pd.Series(None, pairs.index, object)) for s in 'ab']
+                   for name in ('id', 'complement_id'))
+    return _equals(ids[0], others[1]) | _equals(ids[1], others[0])
+
 def relations(
     pairs: pd.DataFrame,  # contract_a_title, contract_b_title; where known, the same with the other names of `READ`
     contracts: pd.DataFrame | None = None,  # contract_id and the others, for columns that `pairs` lacks
@@ -251,11 +261,10 @@ def relations(
     def numbered(of): return pd.factorize(np.array([*of, None], object)[:-1])[0]
     words = numbered([c.words for c in claims])[codes].reshape(2, -1)
     events = numbered([c.event for c in claims])[codes].reshape(2, -1)
-    ids = numbered([c.id for c in claims] + [c.complement_id for c in claims]).reshape(2, -1)
-    ids = ids[:, codes].reshape(2, 2, -1)              # own and complement's, of a and b
-    sides = (ids[0] == ids[1, ::-1]) & (ids[0] >= 0)   # of a and b: is it the other side of the other?
+    a, b = both[:len(pairs)].add_prefix('contract_a_'), both[len(pairs):].add_prefix('contract_b_')
+    sides = other_sides(a.join(b.reset_index(drop=True)))
     found = pd.DataFrame([('none', 0, '', '')]*len(pairs), pairs.index, Relation._fields)
-    asked = np.flatnonzero((words[0] == words[1]) | (events[0] == events[1]) & (events[0] >= 0) | sides.any(0))
+    asked = np.flatnonzero((words[0] == words[1]) | (events[0] == events[1]) & (events[0] >= 0) | sides)
     a, b = codes.reshape(2, -1)[:, asked]
     compared = [compare(claims[i], claims[j]) for i, j in zip(a, b)]
     if compared: found.iloc[asked] = compared
