@@ -258,7 +258,12 @@ def predict_many(self: CorrelationPredictor, pairs, progress: bool=False) -> lis
 def predict(self: CorrelationPredictor, title_a: str, title_b: str, explain: bool=False) -> Prediction:
     "Predict one pair, and with `explain` let the model write its reasons; `PairError` for empty or identical titles"
     p = self.predict_many([(title_a, title_b)])[0]
-    return replace(p, reasoning=self._reasoning(p)) if explain else p
+    return self.explained(p) if explain else p
+
+@patch
+def explained(self: CorrelationPredictor, p: Prediction) -> Prediction:
+    "The same prediction with reasons that the model writes"
+    return replace(p, reasoning=self._reasoning(p))
 
 @patch
 @torch.inference_mode()
@@ -294,6 +299,7 @@ def chosen_stack(
     members = [m for m, w in trained.weights.items() if w] if members is None else members
     if other := [m for m in members if m not in trained.weights]:
         raise PairError([f"no member {', '.join(other)}; this run has {', '.join(trained.weights)}"])
+    members = [*dict.fromkeys(members)]
     total = sum(trained.weights[m] for m in members)
     return Stack({m: trained.weights[m]/total for m in members}) if total else equal_weights(members)
 

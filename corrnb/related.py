@@ -67,9 +67,9 @@ def gaussian_beyond(
     return ndtr((mean - limit)/sd) + ndtr((-mean - limit)/sd)
 
 def gp_of(predictor: CorrelationPredictor) -> PairGP:
-    "The Gaussian process of a predictor; ValueError where it has none"
+    "The Gaussian process of a predictor; `PairError` where it has none"
     if predictor.members is None:
-        raise ValueError('this model has no Gaussian process beside it: `corrnb run` trains one')
+        raise PairError(['this model has no Gaussian process beside it: `corrnb run` trains one'])
     return predictor.members.gp
 
 def moments_with(
