@@ -96,7 +96,7 @@ Price = Annotated[float, Field(strict=True, ge=0, le=1)]
 
 class Contract(_Asked):
     "A contract: what the model was trained to read of it is read; prices limit how two outcomes can be correlated"
-    title: Title = Field(examples=['Will the Fed cut rates in March?'])
+    title: Title
     description: Text|None = None
     venue: Text|None = None
     category: Text|None = None
