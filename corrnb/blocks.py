@@ -150,9 +150,10 @@ def forecast_block(
 
 # %% ../nbs/36_blocks.ipynb #0744256e
 def model_version(
-    run: str|Path,  # run folder
-    stack: Stack    # of the members that are asked
-) -> str:           # 16 hexadecimal digits
+    run: str|Path,      # run folder
+    stack: Stack,       # of the members that are asked
+    bounded: bool=True  # as of `CorrelationPredictor`
+) -> str:  # 16 hexadecimal digits
     "Name of what makes forecasts"
     model = Path(run)/'model'
     facts = json.loads((model/'corrnb.json').read_text('utf-8'))
@@ -161,7 +162,8 @@ def model_version(
     hashes = {str(p.relative_to(model)): sha256(p) for p in files}
     index = sha256(Path(run)/'index'/'manifest.json')
     facts.pop('base_folder', None)
-    return content_hash(corrnb.__version__, facts, hashes, index, sorted(stack.weights.items()))
+    free = [] if bounded else ['unbounded']
+    return content_hash(corrnb.__version__, facts, hashes, index, sorted(stack.weights.items()), *free)
 
 # %% ../nbs/36_blocks.ipynb #9f56903f
 COLUMNS = ['id', *TITLES, 'prediction', 'correlation_type', 'lower_90', 'upper_90', 'confidence']   # and the members
@@ -274,7 +276,7 @@ class Forecaster:
     def __init__(self, cwd: str, run: str|Path, out: str, members: list[str]|None, options: dict):
         os.chdir(cwd)   # where relative places begin: an actor of Ray starts elsewhere
         self.predictor, stack = CorrelationPredictor.from_run(run, members=members, **options), run_stack(run, members)
-        self.version = model_version(run, stack)
+        self.version = model_version(run, stack, options.get('bounded', True))
         self.result = open_result(out, self.version, [*stack.weights])
 
     def forecast(self, name: str, rows: pd.DataFrame) -> int:  # rows
@@ -376,7 +378,8 @@ def predict_pairs(
     if workers < 1: raise ParameterError(f'--workers must be positive, not {workers}')
     if workers > 1 and not util.find_spec('ray'): raise ParameterError("--workers needs Ray: pip install 'corrnb[ray]'")
     stack = run_stack(run, members)
-    version, size = model_version(run, stack), size or (500 if 'language_model' in stack.weights else 2000)
+    version = model_version(run, stack, options.get('bounded', True))
+    size = size or (500 if 'language_model' in stack.weights else 2000)
     result, place = open_result(out, version, [*stack.weights]), 'contract_forecasts' if is_database(out) else out
     reasons = Path(f'{Path(place).with_suffix("")}.refused.csv')
     if before := result.finished():
