@@ -1,5 +1,7 @@
 "Whole runs with the tiny model: killed and continued, from PostgreSQL, in two processes, by the pages that show one"
 import contextlib
+import html
+import re
 import shutil
 import sys
 import time
@@ -28,9 +30,9 @@ TINY = bin/'corrnb', 'run', '--profile', 'tiny'
 def tiny(tmp_path_factory):
     "A run with the tiny model: folder of runs, run folder, seconds, metrics"
     runs, begin = tmp_path_factory.mktemp('runs'), time.time()
-    call(*TINY, '--runs-dir', runs)
+    printed = call(*TINY, '--runs-dir', runs)
     seconds, run = time.time() - begin, next(runs.iterdir())
-    return SimpleNamespace(runs=runs, run=run, seconds=seconds, metrics=read_metrics(run))
+    return SimpleNamespace(runs=runs, run=run, seconds=seconds, metrics=read_metrics(run), printed=printed)
 
 @pytest.mark.seconds(60)
 def test_run_leaves_everything_and_is_not_repeated(tiny):
@@ -45,6 +47,47 @@ def test_run_leaves_everything_and_is_not_repeated(tiny):
     assert not missing, f"not in the run folder: {', '.join(missing)}"
     assert tiny.seconds < limit, f'took {tiny.seconds:.0f} s, more than {limit:.0f} s'
     assert call(*TINY, '--runs-dir', tiny.runs).count('unchanged, skipped') == 4, 'the second run did something'
+
+def report_faults(page, metrics):
+    "What a colleague should not see in a report, or would miss"
+    from corrnb.summary import headline, sentence
+    text = html.unescape(re.sub(r'<style>.*?</style>|<[^>]*>', ' ', page, flags=re.DOTALL))
+    first = re.search(r'<h[1-6][^>]*>(.*?)</h', page)
+    if not first or html.unescape(first[1]) != headline(metrics): yield 'its first heading is not the result'
+    if sentence(metrics).replace('R2', 'R²') not in text: yield 'the result in one sentence is missing'
+    if page.find('class="lead"') > page.find('<img') or '<img' not in page: yield 'no picture behind the sentence'
+    if re.search(r'\b(NaN|nan|None|null)\b', text): yield 'it shows NaN or None'
+    if found := re.findall(r'(?<![\w.])/(?:home|root|tmp|work|usr|var|opt)/\S*', text): yield f'it shows {found[0]}'
+    if found := re.findall(r'(?:href|src)="(?!data:|#|https?:)([^"]*)"', page): yield f'it leads to {found[0]}'
+    if '<tbody>' not in page or re.search(r'<tr[^>]*>\s*<th>\d+</th>', page): yield 'a table has an index'
+    if not re.search(r'<time>\d+ \w+ 20\d\d</time>', page): yield 'it has no date'
+
+def test_ends_with_ten_lines(tiny):
+    "A run ends with at most ten lines, whose numbers are those of metrics.json; their commands can be typed"
+    lines, metrics = tiny.printed.rstrip().split('\n\n')[-1].splitlines(), tiny.metrics
+    assert len(lines) <= 10, tiny.printed
+    said = dict(re.split(r'  +', line, maxsplit=1) for line in lines)
+    model, best = (metrics['test'][m] for m in ('model', metrics['best_baseline']))
+    assert said['Predicted'].startswith(f"{metrics['target']} of {model['n']} held-out pairs")
+    assert f"MAE {model['mae']:.3f} (" in said['How good'] and f"R2 {model['r2']:.3f} (" in said['How good']
+    assert f"MAE {best['mae']:.3f};" in said['Against']
+    better = sum(m['mae'] < model['mae'] - 1e-9 for m in metrics['test'].values())
+    assert said['Rank by MAE'].startswith(f"number {better + 1} of {len(metrics['test'])}")
+    assert ('not near the top' in said['Rank by MAE']) == (better > 2)
+    assert f"{metrics['intervals']['test']['coverage_90']:.0%}".replace('%', ' % of the labels') in said['How sure']
+    assert said['Report'].split(' (')[0] == str(tiny.run/'report.html') and f'--model {tiny.run}' in said['Next']
+
+def test_report(tiny):
+    "The report begins with the result, and holds nothing that only its author would understand; the check can fail"
+    page = (tiny.run/'report.html').read_text('utf-8')
+    assert not list(report_faults(page, tiny.metrics))
+    wrong = {'first heading': ('<h1>', '<h1>4. Evaluate</h1><h1>'), 'one sentence': ('With an MAE', 'With a mean'),
+             'NaN': ('</main>', '<p>NaN</p></main>'), 'shows /home': ('</main>', '<p>/home/me/x</p></main>'),
+             'leads to ../31': ('</main>', '<a href="../31_stages.ipynb">x</a></main>'),
+             'an index': ('<tbody>', '<tbody><tr><th>0</th></tr>'), 'no date': ('<time>', '<time>on '),
+             'no picture': ('<img', '<image')}
+    for fault, (old, new) in wrong.items():
+        assert fault in ' '.join(report_faults(page.replace(old, new), tiny.metrics)), fault
 
 @pytest.mark.seconds(60)
 def test_killed_and_continued(tiny, tmp_path):

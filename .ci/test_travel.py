@@ -1,4 +1,5 @@
 "A run that travels: moved, without its cache, with titles full of markup, on a base model that is a folder"
+import re
 import shutil
 import sys
 from html.parser import HTMLParser
@@ -59,6 +60,12 @@ def test_no_place_of_the_machine(travelled):
     places = here, here.parent, Path.home(), root, sys.prefix
     assert not holding(moved/'runs', *map(str, places))
 
+def test_weights_are_loaded_once(travelled):
+    "Index, training and evaluation share the weights of the base model, which are read once"
+    log = (travelled[1]/'runs'/'renamed'/'run.log').read_text().split('evaluate has finished')[0]
+    loads = [line for line in log.splitlines() if re.search(r' Loading weights (\d+) of \1$', line)]
+    assert len(loads) == 1, loads
+
 @pytest.mark.seconds(15)
 def test_moved_and_without_a_cache(travelled):
     "Moved and renamed it predicts and is evaluated again, also where nothing can be cached, with one line about that"
@@ -66,7 +73,7 @@ def test_moved_and_without_a_cache(travelled):
     asked = 'predict', 'Will it rain in Paris?', 'Will it rain in Lyon?', '--model', runs/'renamed'
     said = call(bin/'corrnb', *asked, more_env={'MODEL_CACHE_DIR': '/dev/null/cache'})
     assert 'correlation ' in said and said.count('/dev/null/cache') == 1, said
-    assert 'MAE of ' in call(bin/'corrnb', 'evaluate', '--model', runs/'renamed')
+    assert 'How good     MAE ' in call(bin/'corrnb', 'evaluate', '--model', runs/'renamed')
 
 @pytest.mark.seconds(1)
 def test_titles_are_text(travelled):

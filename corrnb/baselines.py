@@ -18,7 +18,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import KernelCenterer, StandardScaler
 
-from .evaluation import check_numbers
+from .data import check_numbers
 from .files import hash_uniform
 from .gp import VECTORIZERS, words
 from .splits import contract_kfold

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Profile', 'Pairs', 'Contracts', 'Prices', 'AsOf', 'Period', 'Target', 'Name', 'Fresh', 'Keep', 'Parameter',
            'Runs', 'Verbose', 'Notebooks', 'TimeColumn', 'PriceColumn', 'ContractColumn', 'Unit', 'TimeUnit', 'Model',
-           'Fast', 'Rank', 'join_pairs', 'main']
+           'Members', 'Unbounded', 'Rank', 'join_pairs', 'main']
 
 # %% ../nbs/42_cli.ipynb #99de8972
 import os
@@ -76,6 +76,12 @@ ContractColumn = _option(str, 'NAME', 'column of contracts, where there are seve
 Unit = _option(Literal['price', 'cents', 'percent'], None, 'of contracts above 1; price: as written')
 TimeUnit = _option(Literal['s', 'ms', 'us', 'ns'], None, 'what numbers count since 1970 (default: as their size says)')
 Model = _option(str, 'DIR', 'run folder or its model folder (default: the newest run)')
+Members = _option(str, 'NAMES', 'ask only these members, such as gp,neighbours')
+Unbounded = _flag('--unbounded', 'keep answers that prices exclude: for labels that are no correlation of outcomes')
+
+def _asked(members: str|None, unbounded: bool) -> dict:
+    "Options of a predictor"
+    return (dict(members=members.split(',')) if members else {}) | (dict(bounded=False) if unbounded else {})
 
 @app.command('train', cls=_Settable, help='only as far as the trained model')
 @app.command('index', cls=_Settable, help='only as far as the index')
@@ -180,12 +186,11 @@ def _inspect(
     print(*page.lines, f'Page: {page.save(out)}', sep='\n')
 
 # %% ../nbs/42_cli.ipynb #5e77ee02
-def _forecast_file(folder, pairs: str, out: str|None, members: str|None, strict: bool, **machines):
+def _forecast_file(folder, pairs: str, out: str|None, strict: bool, **options):
     "Forecasts of many pairs, written where `out` says"
     if out is None: raise ParameterError('--pairs needs --out: a .csv or .parquet file, database, or the URL of one')
     from corrnb.blocks import predict_pairs  # loads torch
-    asked = members and members.split(',')
-    print(predict_pairs(folder, pairs, out, asked, strict, **machines))
+    print(predict_pairs(folder, pairs, out, strict=strict, **options))
 
 def _past(prices: str, contracts: str|None, titles: tuple[str, str], as_of: str|None) -> dict:
     "What prices tell about a pair; what was recognized goes to stderr, since stdout may be read as JSON"
@@ -203,7 +208,7 @@ def _predict(
     as_of: _option(str, 'DATE', "only prices up to this date, or the 'middle' (default: all)") = None,
     pairs: _option(str, 'FILE', "many pairs: a .csv or .parquet file, 'database', or the URL of one") = None,
     out: _option(str, 'FILE', 'where their forecasts go: the same') = None,
-    members: _option(str, 'NAMES', 'ask only these members, such as gp,neighbours') = None,
+    members: Members = None, unbounded: Unbounded = False,
     strict: _flag('--strict', 'stop where a pair cannot be used, instead of listing it in a file') = False,
     workers: Annotated[int, typer.Option(metavar='N', help='more than one: actors of Ray')] = 1,
     gpus: Annotated[float, typer.Option(metavar='X', help='of each of these')] = 0,
@@ -215,11 +220,11 @@ def _predict(
     if prices is None and (given := [n for n, v in {'--as-of': as_of, '--contracts': contracts}.items() if v]):
         raise ParameterError(f'{given[0]} needs --prices, from which the past of a pair is measured')
     if prices is not None and titles is None: raise ParameterError('--prices goes with two titles, not with --pairs')
-    folder = find_run(model, runs_dir)
-    if pairs is not None: return _forecast_file(folder, pairs, out, members, strict, workers=workers, gpus=gpus)
+    folder, asked = find_run(model, runs_dir), _asked(members, unbounded)
+    if pairs is not None: return _forecast_file(folder, pairs, out, strict, workers=workers, gpus=gpus, **asked)
     known = {} if prices is None else {'past': _past(prices, contracts, titles, as_of)}
     from corrnb.inference import CorrelationPredictor  # loads torch
-    prediction = CorrelationPredictor.from_run(folder).predict(*titles, explain=explain, **known)
+    prediction = CorrelationPredictor.from_run(folder, **asked).predict(*titles, explain=explain, **known)
     print(prediction.answer.to_json() if json else prediction)
 
 # %% ../nbs/42_cli.ipynb #5e77ee04
@@ -229,16 +234,16 @@ def _serve(
     port: Annotated[int, typer.Option(metavar='N')] = 8000,
     timeout: Annotated[float, typer.Option(metavar='SECONDS', help='limit of a request', min=1)] = 60,
     queue: Annotated[int, typer.Option(metavar='N', help='pairs that may wait, then: come again', min=1)] = 512,
+    members: Members = None, unbounded: Unbounded = False,
     runs_dir: Runs = 'runs', verbose: Verbose = False
 ):
     "answer over HTTP, with a page to try it; API_KEY in the environment is the key that is asked for"
     from corrnb.pipeline import find_run
     folder = find_run(model, runs_dir)
     from corrnb.api import serve  # loads torch and FastAPI
-    serve(folder, host, port, queue, timeout)
+    serve(folder, host, port, queue, timeout, **_asked(members, unbounded))
 
 # %% ../nbs/42_cli.ipynb #b00c0002
-Fast = _flag('--fast', 'by the Gaussian process alone, without the language model')
 Rank = Literal['correlation', 'probability']
 
 @app.command('related')
@@ -250,40 +255,43 @@ def _related(
     by: _option(Rank, None, 'rank by its size, or the probability of passing --threshold') = None,
     threshold: _option(float, 'X', 'of the absolute correlation (default: 0.5)') = None,
     other_events: _flag('--other-events', "leave out the contract's own event") = False,
-    fast: Fast = False, out: _option(str, 'FILE', 'a .csv file for the list') = None,
+    members: Members = None, unbounded: Unbounded = False,
+    out: _option(str, 'FILE', 'a .csv file for the list') = None,
     model: Model = None, runs_dir: Runs = 'runs', verbose: Verbose = False
 ):
     "which contracts move with this one?"
     from corrnb.pipeline import find_run
     folder = find_run(model, runs_dir)
-    from corrnb.bounds import read_quoted  # loads torch
-    from corrnb.inference import CorrelationPredictor
+    from corrnb.contracts import read_contracts
+    from corrnb.inference import CorrelationPredictor  # loads torch
     from corrnb.related import related
-    among = None if universe is None else read_quoted(universe)
+    among = None if universe is None else read_contracts(universe)
     given = {n: v for n, v in dict(floor=floor, by=by, threshold=threshold).items() if v is not None}
-    predictor = CorrelationPredictor.from_run(folder)
-    found = related(predictor, title, k, among, other_events=other_events, whole=not fast, **given)
+    predictor = CorrelationPredictor.from_run(folder, **_asked(members, unbounded))
+    found = related(predictor, title, k, among, other_events=other_events, **given)
     if out is not None: atomic_write(out, found.table.to_csv(index=False))
     print(found)
 
 @app.command('matrix')
 def _matrix(
-    contracts: Annotated[str, typer.Argument(metavar='FILE', help='contracts: a .csv or .parquet file with titles')],
+    contracts: Annotated[str, typer.Argument(metavar='FILE', help='contracts with titles, as of `contradictions`')],
     out: Annotated[str, typer.Option(metavar='FILE', help='where the matrix goes')] = 'matrix.csv',
     cells: _option(str, 'FILE', 'a .csv file for the pairs: forecast, error, value in the matrix, correction') = None,
     plot: _option(str, 'FILE', 'a .png, .svg or .pdf file for the heat map') = None,
     measured: _option(str, 'FILE', 'measured pairs (`corrnb label --out`) that replace forecasts') = None,
-    fast: Fast = False, model: Model = None, runs_dir: Runs = 'runs', verbose: Verbose = False
+    members: Members = None, unbounded: Unbounded = False,
+    model: Model = None, runs_dir: Runs = 'runs', verbose: Verbose = False
 ):
     "the correlation matrix of a book of contracts"
     from corrnb.pipeline import find_run
     folder = find_run(model, runs_dir)
     from corrnb.book import make_book  # loads torch
-    from corrnb.bounds import read_quoted
+    from corrnb.contracts import read_contracts
     from corrnb.data import read_file
     from corrnb.inference import CorrelationPredictor
-    listed, labels = read_quoted(contracts), None if measured is None else read_file(measured)
-    book = make_book(CorrelationPredictor.from_run(folder), listed, labels, not fast, progress=True)
+    listed, labels = read_contracts(contracts), None if measured is None else read_file(measured)
+    predictor = CorrelationPredictor.from_run(folder, **_asked(members, unbounded))
+    book = make_book(predictor, listed, labels, progress=True)
     atomic_write(out, book.frame.to_csv())
     if cells is not None: atomic_write(cells, book.cells().to_csv(index=False))
     if plot is not None: book.plot().figure.savefig(plot)
@@ -291,12 +299,13 @@ def _matrix(
 
 @app.command('contradictions')
 def _contradictions(
-    contracts: Annotated[str, typer.Argument(metavar='FILE', help='contracts with bid and ask, or price')],
+    contracts: Annotated[str, typer.Argument(metavar='FILE', help='priced contracts: a table, or JSON of venues')],
     out: _option(str, 'FILE', 'a .csv file for the list') = None, verbose: Verbose = False
 ):
     "which prices contradict each other, after bid and ask?"
-    from corrnb.bounds import contradictions, contradictions_text, read_quoted  # loads torch
-    listed = read_quoted(contracts)
+    from corrnb.bounds import contradictions, contradictions_text  # loads torch
+    from corrnb.contracts import read_contracts
+    listed = read_contracts(contracts)
     found = contradictions(listed)
     lists = {c: found[c].map(' | '.join) for c in ('contracts', 'prices')}
     if out is not None: atomic_write(out, found.assign(**lists).to_csv(index=False))

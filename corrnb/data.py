@@ -6,8 +6,8 @@
 __all__ = ['MAX_TEXT', 'SIDES', 'TITLES', 'ROUNDING', 'EPOCH_UNITS', 'NAME', 'TEXT', 'JSON', 'NUMBER', 'TIMESTAMP', 'INTEGER',
            'BOOLEAN', 'BLOCK', 'GROUP_MARK', 'GROUPED', 'NO_NUMBER', 'CONTRACT_FIELDS', 'clean_text', 'text_key',
            'pair_key', 'map_unique', 'add_pair_keys', 'PairError', 'epoch_unit', 'Kind', 'column_kinds', 'read_column',
-           'find_problems', 'check_rows', 'counted', 'plain_numbers', 'check_pairs', 'check_table', 'decimal_commas',
-           'read_file', 'file_blocks', 'file_rows', 'read_pairs', 'import_file']
+           'find_problems', 'check_rows', 'counted', 'plain_numbers', 'check_pairs', 'check_table', 'check_numbers',
+           'decimal_commas', 'read_file', 'file_blocks', 'file_rows', 'read_pairs', 'import_file']
 
 # %% ../nbs/03_data.ipynb #93c63e09
 import csv
@@ -377,6 +377,21 @@ def check_table(
     key = [c.name for c in t.primary_key] if unique else []
     checked = check_rows(frame.reset_index(drop=True), kinds, needed, key)
     return checked[[c for c in kinds if c in frame]]
+
+# %% ../nbs/03_data.ipynb #fb89d504
+def check_numbers(**columns) -> list[np.ndarray]:  # array-likes by name, all of one length
+    "The columns as float arrays; a ValueError names the first row that is missing, NaN or infinite."
+    arrays = {k: np.asarray(v, dtype=float) for k, v in columns.items()}
+    first, n = next((k, len(v)) for k, v in arrays.items())
+    if n == 0: raise ValueError(f'{first} has no rows: there is nothing to evaluate')
+    for k, v in arrays.items():
+        m, bad = len(v), np.flatnonzero(~np.isfinite(v))
+        if m != n:
+            raise ValueError(f'{first} has {n} rows and {k} has {m}: row {min(n, m)} is the first without a partner')
+        if len(bad):
+            name = columns[k].index[bad[0]] if isinstance(columns[k], pd.Series) else bad[0]
+            raise ValueError(f'{k} is {v[bad[0]]} in row {name} ({len(bad)} such rows in all)')
+    return list(arrays.values())
 
 # %% ../nbs/03_data.ipynb #07c64888
 def _csv_options(path: Path) -> dict:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WITHIN', 'METRICS', 'LEVELS', 'MIN_ROWS', 'TOO_FEW', 'ORDER', 'SIZES', 'PAST_LENGTHS', 'WIDENED', 'TRUTH',
-           'check_numbers', 'WeightedForecast', 'Metric', 'weighted_metrics', 'regression_metrics',
-           'check_distributions', 'distribution_scores', 'distribution_metrics', 'label_distribution', 'label_ceiling',
-           'check_predictions', 'metrics_table', 'format_table', 'strata', 'strata_table', 'side_by_side', 'past_slope',
-           'next_period_table', 'Evaluation', 'save_metrics']
+           'WeightedForecast', 'Metric', 'weighted_metrics', 'regression_metrics', 'check_distributions',
+           'distribution_scores', 'distribution_metrics', 'label_distribution', 'label_ceiling', 'check_predictions',
+           'metrics_table', 'format_table', 'strata', 'strata_table', 'side_by_side', 'past_slope', 'next_period_table',
+           'Evaluation', 'save_metrics']
 
 # %% ../nbs/27_evaluation.ipynb #9588089c
 import json
@@ -22,26 +22,11 @@ import torch
 from scipy.stats import norm
 
 from .answers import AnswerDistribution
-from .data import TITLES
+from .data import TITLES, check_numbers
 from .files import atomic_write
 from .labels import label_reliability
 from .losses import soft_targets
 from .relations import relations
-
-# %% ../nbs/27_evaluation.ipynb #fb89d504
-def check_numbers(**columns) -> list[np.ndarray]:  # array-likes by name, all of one length
-    "The columns as float arrays; a ValueError names the first row that is missing, NaN or infinite."
-    arrays = {k: np.asarray(v, dtype=float) for k, v in columns.items()}
-    first, n = next((k, len(v)) for k, v in arrays.items())
-    if n == 0: raise ValueError(f'{first} has no rows: there is nothing to evaluate')
-    for k, v in arrays.items():
-        m, bad = len(v), np.flatnonzero(~np.isfinite(v))
-        if m != n:
-            raise ValueError(f'{first} has {n} rows and {k} has {m}: row {min(n, m)} is the first without a partner')
-        if len(bad):
-            name = columns[k].index[bad[0]] if isinstance(columns[k], pd.Series) else bad[0]
-            raise ValueError(f'{k} is {v[bad[0]]} in row {name} ({len(bad)} such rows in all)')
-    return list(arrays.values())
 
 # %% ../nbs/27_evaluation.ipynb #aaefee43
 def _covariance(a, b, w):

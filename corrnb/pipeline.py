@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['Inputs', 'file_digests', 'read_inputs', 'read_marker', 'stage_parts', 'stage_key', 'run_folder', 'write_params',
-           'read_params', 'is_current', 'is_kept', 'is_same', 'forget', 'say', 'run_stage', 'import_seconds',
-           'print_summary', 'checked_name', 'trained_again', 'run_pipeline', 'find_run', 'evaluate_run', 'Run']
+           'read_params', 'is_current', 'is_kept', 'is_same', 'forget', 'run_stage', 'import_seconds', 'as_typed',
+           'run_summary', 'print_summary', 'checked_name', 'trained_again', 'run_pipeline', 'find_run', 'evaluate_run',
+           'Run']
 
 # %% ../nbs/33_pipeline.ipynb #1fcdd6b4
 import html
 import json
+import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,17 +26,15 @@ from importlib import metadata
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 import corrnb
 from .config import Settings
 from .files import atomic_write, content_hash, folder_hash, require, sha256
+from .live import PlainView, say, stage_view
 from corrnb.notebooks import (
     REPORTS,
     STAGES,
     Kernel,
-    Screen,
     Stage,
     absolute_paths,
     code_hash,
@@ -54,6 +55,7 @@ from corrnb.parameters import (
     read_profile,
     resolve_parameters,
 )
+from .summary import summary_lines, time_taken
 
 # %% ../nbs/33_pipeline.ipynb #b9b469a5
 @dataclass(frozen=True)
@@ -90,6 +92,11 @@ def _read_json(path: Path) -> dict:
     "What a JSON file holds, nothing if there is none"
     return json.loads(path.read_text()) if path.exists() else {}
 
+def _digest(path: Path) -> str|None:
+    "Hash of a file or folder, if there is one"
+    if not path.exists(): return None
+    return folder_hash(path) if path.is_dir() else sha256(path)
+
 def read_marker(folder: Path, stage: str) -> dict|None:
     "What a finished stage has left, None if it has not finished"
     return _read_json(folder/'stages'/f'{stage}.json') or None
@@ -103,7 +110,9 @@ def stage_parts(
     i = STAGES.index(stage.name)
     before = read_marker(folder, STAGES[i-1]) if i else None
     own = {n: inputs.digests.get(n, getattr(inputs.config, n)) for n in stage.parameters}
-    return dict(own=own, code=code_hash(stage.path), before=before and [before['key'], before['data']])
+    left = before and [before['data']] + [before['key']]*(stage.name != 'train')   # the same index, the same training
+    if stage.name == 'evaluate': left = [left, _digest(folder/'baselines.parquet')]
+    return dict(own=own, code=code_hash(stage.path), before=left)
 
 def stage_key(
     stage: Stage,
@@ -212,10 +221,6 @@ def _forget_outdated(
         if not is_same(stage, inputs, folder, keep): return forget(folder, STAGES[STAGES.index(stage.name):])
 
 # %% ../nbs/33_pipeline.ipynb #07145e1a
-def say(*words, **options):
-    "Print; where nobody can read it any more, nothing happens"
-    print(*words, **options, file=Screen(sys.stdout), flush=True)
-
 def _finish(
     stage: Stage,
     parts: dict,   # what went into it
@@ -224,10 +229,11 @@ def _finish(
     seconds: float
 ) -> dict:
     "Write the marker of a finished stage; the marker"
-    pairs = folder/'pairs.parquet'
+    data = _digest(folder/'pairs.parquet')
+    if stage.name == 'index': data = content_hash(data, _digest(folder/'index'))
     parameters = relative_paths({n: getattr(config, n) for n in stage.parameters}, folder)
     finished = datetime.now(timezone.utc).isoformat(timespec='seconds')
-    marker = dict(key=content_hash(*parts.values()), data=sha256(pairs) if pairs.exists() else None,
+    marker = dict(key=content_hash(*parts.values()), data=data,
                   parameters=parameters, parts=parts, seconds=round(seconds, 2), finished=finished)
     atomic_write(folder/'stages'/f'{stage.name}.json', json.dumps(marker, indent=1) + '\n')
     return marker
@@ -239,36 +245,28 @@ def run_stage(
     force: bool = False,        # run even if nothing has changed?
     verbose: bool = False,      # show what the cells print?
     kernel: Kernel|None = None,  # None: a process for this stage alone
-    keep: bool = False          # is a stage that ran other code good enough?
+    keep: bool = False,         # is a stage that ran other code good enough?
+    view: PlainView|None = None  # where to show how it goes; None: lines
 ):                              # PipelineError if a cell fails
-    "Run a stage, or say that it need not run; on a terminal the seconds are shown as they pass"
-    i = STAGES.index(stage.name)
-    label = f'[{i+1}/{len(STAGES)}] {stage.name:8}'
+    "Run a stage, or say that it need not run"
+    i, view = STAGES.index(stage.name), view or PlainView(verbose)
     database = 'pairs' in stage.parameters and inputs.config.pairs == 'database'
     same, done = is_same(stage, inputs, folder, keep), read_marker(folder, stage.name) or {}
-    if same and not (force or database): return say(f'{label}    unchanged, skipped')
-    if not same: forget(folder, STAGES[i:])    # else what is there is good until something better takes its place
-    say(label, '...', end='\n' if verbose or sys.stdout.isatty() else ' ')
+    if same and not (force or database): return view.skip(stage.name)
+    recoded = stage.name == 'index' and is_kept(stage, inputs, folder)   # the training stays if it makes the same
+    if not same: forget(folder, STAGES[-1:] if recoded else STAGES[i:])   # else it stays until there is better
+    view.begin(stage.name)
     write_log(folder, f'{stage.name} begins')
     parts, start = stage_parts(stage, inputs, folder), time.perf_counter()
-    try:
-        with _clock(stage, verbose): execute_stage(stage, inputs.config, folder, verbose, kernel)
+    try: execute_stage(stage, inputs.config, folder, verbose, kernel)
     except PipelineError as e:
-        say(f'failed after {time.perf_counter()-start:.1f} s')
+        view.end(stage.name, time.perf_counter()-start, failed=True)
         write_log(folder, str(e))
         raise
     marker = _finish(stage, parts, inputs.config, folder, time.perf_counter()-start)
-    if same and marker['data'] != done['data']: forget(folder, STAGES[i+1:])
-    say(f"{marker['seconds']:.1f} s")
+    if (same or recoded) and marker['data'] != done['data']: forget(folder, STAGES[i+1:])
+    view.end(stage.name, marker['seconds'])
     write_log(folder, f"{stage.name} has finished after {marker['seconds']:.1f} s")
-
-def _clock(stage: Stage, verbose: bool) -> Progress:
-    "Seconds as they pass, on a terminal that shows nothing else"
-    columns = TextColumn(f'{stage.name} is running'), TimeElapsedColumn()
-    screen = Console(file=Screen(sys.stdout), force_jupyter=False)
-    bar = Progress(*columns, transient=True, console=screen, disable=verbose or not sys.stdout.isatty())
-    bar.add_task('')
-    return bar
 
 # %% ../nbs/33_pipeline.ipynb #2545db1c
 def import_seconds(
@@ -279,17 +277,33 @@ def import_seconds(
     rest = [m for m in cells if not {'parameters', 'injected-parameters'} & {*m.get('tags', [])}]
     return rest[0].get('papermill', {}).get('duration') or 0. if rest else 0.
 
+def as_typed(path: Path) -> str:
+    "A path as one would type it in the folder where one is"
+    inside = Path(os.path.abspath(path)).is_relative_to(Path.cwd())
+    return shlex.quote(os.path.relpath(path) if inside else str(path))
+
+def _command() -> str:
+    "How to type `corrnb` here: it may not be on the path"
+    script = Path(sys.executable).with_name('corrnb')
+    return 'corrnb' if shutil.which('corrnb') or not script.exists() else as_typed(script)
+
+def run_summary(
+    folder: Path    # run folder
+) -> list[str]:     # at most ten
+    "Lines that say what a run has found, how long it took, and what to type next"
+    seconds = {name: m['seconds'] for name in STAGES if (m := read_marker(folder, name))}
+    report, imports = folder/REPORTS['evaluate'], [import_seconds(folder/f'{name}.ipynb') for name in seconds]
+    metrics = _read_json(folder/'metrics.json') if 'evaluate' in seconds else None
+    page = as_typed(report) if metrics and report.exists() else None
+    return summary_lines(metrics, as_typed(folder), time_taken(seconds, sum(imports)), page, _command())
+
 def print_summary(
     folder: Path   # run folder
 ):
-    "Print the metrics table, the time of each stage, how much of it were imports, and where run and report are"
-    markers = {name: m for name in STAGES if (m := read_marker(folder, name))}
-    metrics, report = folder/'metrics.txt', folder/REPORTS['evaluate']
-    if 'evaluate' in markers and metrics.exists(): say('', metrics.read_text().rstrip(), sep='\n')
-    say(f"\n{'stage':10}{'seconds':>9}{'imports':>9}")
-    for name, m in markers.items(): say(f"{name:10}{m['seconds']:9.1f}{import_seconds(folder/f'{name}.ipynb'):9.1f}")
-    say(f"{'total':10}{sum(m['seconds'] for m in markers.values()):9.1f}\n\nRun folder: {folder}")
-    if report.exists(): say(f'Report: {report}')
+    "Print what a run has found; whatever it is, it does no harm"
+    try: lines = run_summary(folder)
+    except Exception as e: lines = [f'Run folder: {folder} (no summary: {type(e).__name__}: {e})']
+    say('', *lines, sep='\n')
 
 def checked_name(name: str|None) -> str|None:
     "The name of a folder, if it may be one"
@@ -311,7 +325,8 @@ def trained_again(
     keep: bool             # as of `run_stage`
 ) -> str|None:             # what has changed, and for which stage; None if there is no training or it stays
     "Why a finished training is about to be done again"
-    first = next((s for s in stages[:3] if not is_same(s, inputs, folder, keep)), None)
+    def stays(s): return is_same(s, inputs, folder, keep) or s.name == 'index' and is_kept(s, inputs, folder)
+    first = next((s for s in stages[:3] if not stays(s)), None)
     if not first or not read_marker(folder, 'train'): return None
     hint = '; with --keep it stays' if is_kept(first, inputs, folder) else ''
     return f'Changed for {first.name}: {_what_changed(first, inputs, folder)}{hint}'
@@ -343,7 +358,8 @@ def run_pipeline(
         if inputs.sources: say(describe_sources(inputs.config, inputs.sources, inputs.profile))
         last = STAGES.index(upto)
         _announce(stages, inputs, folder, keep)
-        for stage in stages[:last+1]: run_stage(stage, inputs, folder, False, verbose, kernel, keep)
+        with stage_view(folder, STAGES[:last+1], verbose) as view:
+            for stage in stages[:last+1]: run_stage(stage, inputs, folder, False, verbose, kernel, keep, view)
         _forget_outdated(stages[last+1:], inputs, folder, keep)
         print_summary(folder)
     return folder
@@ -390,7 +406,8 @@ def evaluate_run(
         _check_pairs(folder)
         saved = read_params(folder)
         config = replace(saved.config, **{n: getattr(given, n) for n in overrides or {}})
-        run_stage(stage, replace(saved, config=config), folder, force=True, verbose=verbose)
+        with stage_view(folder, STAGES[-1:], verbose) as view:
+            run_stage(stage, replace(saved, config=config), folder, force=True, verbose=verbose, view=view)
         print_summary(folder)
     return folder
 

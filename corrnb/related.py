@@ -16,8 +16,8 @@ import torch
 from scipy.special import ndtr
 
 from .answers import AnswerDistribution
-from .bounds import NAMES, check_contracts, pair_bounds, restrict
-from .contracts import unique_titles
+from .bounds import pair_bounds, restrict
+from .contracts import PRICE_COLUMNS, check_contracts, unique_titles
 from .data import PairError, clean_text, counted, text_key
 from .gp import GRID, PairGP, cells
 from .inference import CorrelationPredictor
@@ -25,14 +25,15 @@ from .prompts import format_correlation
 from .relations import read_title, relations
 
 # %% ../nbs/34_related.ipynb #dad8fd0a
-SIDE = ('title', 'event_id', 'close_date', 'venue', 'category', 'description', 'data')  # that forecasts read
+SIDE = ('title', 'event_id', 'close_date', 'complement_id', 'exclusive_outcomes', 'venue', 'category', 'description',
+        'data')  # that forecasts read
 
 def pairs_of(
     contracts: pd.DataFrame,  # as from `check_contracts`
     a, b                      # (n,) positions
 ) -> pd.DataFrame:  # contract_a_id, contract_a_title, ..., the same for b
     "Both contracts of each pair side by side"
-    prices = contracts.reindex(columns=list(NAMES))
+    prices = contracts.reindex(columns=list(PRICE_COLUMNS))
     if prices.notna().any(axis=None): contracts = contracts.assign(data=prices.to_dict('records'))
     known = contracts[[c for c in ('contract_id', *SIDE) if c in contracts]].rename(columns={'contract_id': 'id'})
     sides = [known.iloc[at].reset_index(drop=True).add_prefix(f'contract_{s}_') for s, at in (('a', a), ('b', b))]
@@ -66,9 +67,9 @@ def gaussian_beyond(
     return ndtr((mean - limit)/sd) + ndtr((-mean - limit)/sd)
 
 def gp_of(predictor: CorrelationPredictor) -> PairGP:
-    "The Gaussian process of a predictor; ValueError where it has none"
+    "The Gaussian process of a predictor; `PairError` where it has none"
     if predictor.members is None:
-        raise ValueError('this model has no Gaussian process beside it: `corrnb run` trains one')
+        raise PairError(['this model has no Gaussian process beside it: `corrnb run` trains one'])
     return predictor.members.gp
 
 def moments_with(
@@ -89,16 +90,15 @@ def moments_with(
 def forecasts(
     predictor: CorrelationPredictor,
     pairs: pd.DataFrame,  # n pairs, as from `pairs_of`
-    whole: bool=True,     # by the stack; False: by the Gaussian process alone
     progress: bool=False  # show a bar
 ) -> AnswerDistribution:  # of n pairs
-    "Distributions of many pairs"
-    if whole and len(pairs):
+    "Distributions of many pairs; the Gaussian process alone is asked for correlations without the error of a label"
+    if [*predictor.weights] != ['gp'] and len(pairs):
         found = [p.distribution for p in predictor.predict_many(pairs, progress)]
         return AnswerDistribution(found[0].values, torch.stack([d.log_probs for d in found]))
     mean, variance = gp_of(predictor).moments(pairs)
     dist, _ = predictor.after_past(cells(GRID, mean, np.sqrt(variance)), pairs)
-    return restrict(dist, *pair_bounds(pairs)) if predictor.bounded else dist
+    return restrict(dist, *pair_bounds(pairs, predictor.bounded))
 
 # %% ../nbs/34_related.ipynb #de93e130
 @dataclass(frozen=True)
@@ -191,8 +191,7 @@ def related(
     floor: float=.25,                 # least absolute expected correlation
     by: str='correlation',            # rank by its absolute expectation, or by 'probability' of passing the threshold
     threshold: float=.5,              # of the absolute correlation, for `probability`
-    other_events: bool=False,         # leave out the contract's own event, and what logic ties to it
-    whole: bool=True                  # ask the strongest, 3 for each of `k`, again with the whole stack
+    other_events: bool=False          # leave out the contract's own event, and what logic ties to it
 ) -> Related:
     "Contracts that move with one, strongest first; ValueError or `PairError` for what cannot be asked"
     title = clean_text(title)
@@ -207,7 +206,7 @@ def related(
     size = np.abs(expected) if by == 'correlation' else gaussian_beyond(mean, variance, threshold)
     top = _strongest(contracts.title.to_numpy()[among], expected, size, k)
     pairs = pairs_of(contracts, np.full(len(top), asked), among[top])
-    table = _table(pairs, forecasts(predictor, pairs, whole), threshold)
+    table = _table(pairs, forecasts(predictor, pairs), threshold)
     table = table.sort_values(by, key=np.abs, ascending=False, kind='stable')
     kept = _grouped(table[table.correlation.abs() >= floor], k)
     return Related(title, kept, len(among), table.correlation.abs().max(), floor, threshold)

@@ -130,7 +130,8 @@ def take_base(
     "Take rows and index from another run folder, unless they are there"
     markers = [[(m['key'], m['data']) for s in STAGES[:2] if (m := read_marker(f, s))] for f in (base, folder)]
     if markers[0] == markers[1]: return
-    forget(folder, STAGES)
+    data = [[data for _, data in found] for found in markers]
+    forget(folder, STAGES[-1:] if data[0] == data[1] else STAGES)   # other code, the same index: the training stays
     shutil.rmtree(folder/'index', ignore_errors=True)
     copied = shutil.ignore_patterns('.*', 'stages', 'params.json', 'index')
     shutil.copytree(base, folder, ignore=copied, dirs_exist_ok=True)
