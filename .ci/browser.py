@@ -20,11 +20,11 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
 WIDE, NARROW = dict(width=1280, height=900), dict(width=390, height=844)
-SEEN = {'home': 'index.html', 'api': '13_answers.html', 'tutorial': 'tutorials/getting_started.html',
+SEEN = {'home': 'index.html', 'api': '14_answers.html', 'tutorial': 'tutorials/getting_started.html',
         'benchmark': 'benchmarks/learning.html'}
 SEARCHED = ('AnswerGrid', 'soft_targets', 'train', 'related', 'forecasts', 'pair_correlations', 'Book.hedge')
 # what `lab` runs unless told otherwise
-SHORT = ('pipeline/prepare.ipynb', 'pipeline/index.ipynb', '12_prompts.ipynb', '13_answers.ipynb')
+SHORT = ('pipeline/prepare.ipynb', 'pipeline/index.ipynb', '13_prompts.ipynb', '14_answers.ipynb')
 
 
 @contextmanager
