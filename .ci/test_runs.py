@@ -83,7 +83,7 @@ def test_report(tiny):
     assert not list(report_faults(page, tiny.metrics))
     wrong = {'first heading': ('<h1>', '<h1>4. Evaluate</h1><h1>'), 'one sentence': ('With an MAE', 'With a mean'),
              'NaN': ('</main>', '<p>NaN</p></main>'), 'shows /home': ('</main>', '<p>/home/me/x</p></main>'),
-             'leads to ../31': ('</main>', '<a href="../35_stages.ipynb">x</a></main>'),
+             'leads to ../35_stages': ('</main>', '<a href="../35_stages.ipynb">x</a></main>'),
              'an index': ('<tbody>', '<tbody><tr><th>0</th></tr>'), 'no date': ('<time>', '<time>on '),
              'no picture': ('<img', '<image')}
     for fault, (old, new) in wrong.items():
