@@ -198,6 +198,10 @@ def _past(prices: str, contracts: str|None, titles: tuple[str, str], as_of: str|
     with redirect_stdout(sys.stderr): known = known_pairs(prices, contracts, [titles], as_of or '')
     return known.iloc[0].to_dict()
 
+def _check_past(predictor, folder: Path):
+    if predictor.past: return
+    raise ParameterError(f'{folder} has not learned what a past is worth: train with `corrnb run --as-of DATE`')
+
 @app.command('predict')
 def _predict(
     titles: Annotated[tuple[str, str]|None, typer.Argument(metavar='TITLE_A TITLE_B', help='of two contracts')] = None,
@@ -224,7 +228,9 @@ def _predict(
     if pairs is not None: return _forecast_file(folder, pairs, out, strict, workers=workers, gpus=gpus, **asked)
     known = {} if prices is None else {'past': _past(prices, contracts, titles, as_of)}
     from corrnb.inference import CorrelationPredictor  # loads torch
-    prediction = CorrelationPredictor.from_run(folder, **asked).predict(*titles, explain=explain, **known)
+    predictor = CorrelationPredictor.from_run(folder, **asked)
+    if prices: _check_past(predictor, folder)
+    prediction = predictor.predict(*titles, explain=explain, **known)
     print(prediction.answer.to_json() if json else prediction)
 
 # %% ../nbs/48_cli.ipynb #5e77ee04
@@ -279,6 +285,7 @@ def _matrix(
     cells: _option(str, 'FILE', 'a .csv file for the pairs: forecast, error, value in the matrix, correction') = None,
     plot: _option(str, 'FILE', 'a .png, .svg or .pdf file for the heat map') = None,
     measured: _option(str, 'FILE', 'measured pairs (`corrnb label --out`) that replace forecasts') = None,
+    prices: _option(str, 'FILE', 'their prices, a file, folder or zip: their correlations so far move forecasts') = None,
     members: Members = None, unbounded: Unbounded = False,
     model: Model = None, runs_dir: Runs = 'runs', verbose: Verbose = False
 ):
@@ -289,9 +296,12 @@ def _matrix(
     from corrnb.contracts import read_contracts
     from corrnb.data import read_file
     from corrnb.inference import CorrelationPredictor
+    from corrnb.prices import price_series, read_prices
     listed, labels = read_contracts(contracts), None if measured is None else read_file(measured)
     predictor = CorrelationPredictor.from_run(folder, **_asked(members, unbounded))
-    book = make_book(predictor, listed, labels, progress=True)
+    if prices: _check_past(predictor, folder)
+    series = price_series(read_prices(prices)) if prices else None
+    book = make_book(predictor, listed, labels, progress=True, prices=series)
     atomic_write(out, book.frame.to_csv())
     if cells is not None: atomic_write(cells, book.cells().to_csv(index=False))
     if plot is not None: book.plot().figure.savefig(plot)
