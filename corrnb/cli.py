@@ -285,7 +285,7 @@ def _matrix(
     cells: _option(str, 'FILE', 'a .csv file for the pairs: forecast, error, value in the matrix, correction') = None,
     plot: _option(str, 'FILE', 'a .png, .svg or .pdf file for the heat map') = None,
     measured: _option(str, 'FILE', 'measured pairs (`corrnb label --out`) that replace forecasts') = None,
-    prices: _option(str, 'FILE', 'their prices, a file, folder or zip: their correlations so far move forecasts') = None,
+    prices: _option(str, 'FILE', 'their prices, a file, folder or zip: what they say so far moves forecasts') = None,
     members: Members = None, unbounded: Unbounded = False,
     model: Model = None, runs_dir: Runs = 'runs', verbose: Verbose = False
 ):

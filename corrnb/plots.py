@@ -307,7 +307,6 @@ def heading(
     known = METRICS.get(column)
     if column in HEADINGS: return HEADINGS[column]
     if column in PARAMETERS: return column   # as it is typed
-    if column in PARAMETERS: return column   # as it is typed
     return known.short if known and known.short else method_name(column).replace('accuracy ', '')
 
 _KINDS, _WORDS = ('split', 'stratum', 'value'), {'val': 'validation', 'both_new': 'both contracts new',
