@@ -11,7 +11,8 @@ from project import bin, call, pages, root
 modules = {p.stem: p for p in sorted((root/'corrnb').glob('*.py')) if not p.name.startswith('_')}
 numbers = dict(p.stem.split('_', 1)[::-1] for p in (root/'nbs').glob('[0-9][0-9]*_*.ipynb'))   # as text: 05, 05a, 06
 typed = ['files', 'splits', 'parameters', 'manifests', 'batches', 'comparisons', 'baselines', 'intervals', 'plots',
-         'stages', 'notebooks', 'testing', 'relations', 'bounds', 'related', 'book', 'blocks', 'api', 'summary', 'live']
+         'stages', 'notebooks', 'testing', 'relations', 'bounds', 'related', 'book', 'blocks', 'api', 'summary', 'live',
+         'past', 'as_of', 'quotes', 'questions']
 
 
 def code_cells(notebook):

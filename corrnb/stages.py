@@ -409,7 +409,8 @@ def _next_period(config, f: Forecasts) -> pd.DataFrame|None:
     if 'without_past' not in f.distributions or not rows.get('past_correlation', pd.Series()).notna().any(): return None
     slope = past_slope(pd.concat([f.train, f.val]), config.target)
     methods = {name: f.distributions[name][torch.tensor(of_test)] for name in ('without_past', 'model')}
-    weights = np.concatenate([*node_weights(*contract_groups(rows).T, n_boot=1000)])
+    a, b = contract_groups(rows).T
+    weights = np.concatenate([*node_weights(a, b, n_boot=1000)])
     return next_period_table(rows, dict(shrunk=slope*rows.past_correlation) | methods, config.target, weights)
 
 def _metrics(config, run, done: Evaluated) -> dict:
