@@ -37,6 +37,10 @@ def _like(pattern: str, what: str):  # AfterValidator and Field: a text in which
         return text
     return AfterValidator(check), Field(json_schema_extra=dict(pattern=pattern))
 
+def _whole(number):
+    "In JSON 20.0 is an integer, too"
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
 def _readable(text: str) -> str:
     if not clean_text(text): raise ValueError('there is no text in it')
     return text
@@ -97,7 +101,8 @@ class PairsQuestion(_Asked):
 class RelatedQuestion(_Asked):
     "Which of the known contracts move with this one?"
     contract: TitleOrContract = Field(examples=['Will the Fed cut rates in March?'])
-    k: Annotated[int, Field(strict=True, ge=1, le=100, description='questions listed at most')] = 20
+    k: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1, le=100,
+                                                     description='questions listed at most')] = 20
     floor: Annotated[float, Field(strict=True, ge=0, le=1, description='least absolute correlation')] = 0.25
     threshold: Annotated[float, Field(strict=True, ge=0, le=1, description='of the absolute correlation, for the '
                                                                             'probability of more')] = 0.5
