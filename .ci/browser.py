@@ -22,7 +22,7 @@ root = Path(__file__).resolve().parents[1]
 WIDE, NARROW = dict(width=1280, height=900), dict(width=390, height=844)
 SEEN = {'home': 'index.html', 'api': '14_answers.html', 'tutorial': 'tutorials/getting_started.html',
         'benchmark': 'benchmarks/learning.html'}
-SEARCHED = ('AnswerGrid', 'soft_targets', 'train', 'related', 'forecasts', 'pair_correlations', 'Book.hedge')
+SEARCHED = ('AnswerGrid', 'soft_targets', 'train', 'related', 'forecasts', 'pair_correlations', 'Book.hedges')
 # what `lab` runs unless told otherwise
 SHORT = ('pipeline/prepare.ipynb', 'pipeline/index.ipynb', '13_prompts.ipynb', '14_answers.ipynb')
 
