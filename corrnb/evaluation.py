@@ -125,20 +125,22 @@ def distribution_scores(
     values,         # increasing grid values, shape (len(values),)
     y,              # true values, shape (n,)
     levels=LEVELS,  # of the central intervals
-) -> pd.DataFrame:  # a line per row: crps, and for each level coverage_NN (1: inside) and width_NN (units of y)
-    "CRPS and intervals of each row; ValueError names a row that is no distribution or a missing y."
+) -> pd.DataFrame:  # a line per row: crps; mae and accuracy_within_A of the median; coverage_NN (1: inside), width_NN
+    "Scores of each row; ValueError names a row that is no distribution or a missing y."
     p, x = check_distributions(probabilities, values)
     y, _ = check_numbers(y=y, probabilities=p[:, 0])
     dist = AnswerDistribution(torch.tensor(x), torch.tensor(p).log())
     nearest = x[np.abs(x - y[:, None]).argmin(1)]
-    result = {'crps': dist.crps(torch.tensor(y)).numpy()}
+    error = np.abs(dist.median.numpy() - y)
+    result = {'crps': dist.crps(torch.tensor(y)).numpy(), 'mae': error}
+    result |= {f'accuracy_within_{a}': (error <= a + 1e-6).astype(float) for a in WITHIN}
     for level in levels:
         lower, upper = (end.numpy() for end in dist.interval(level))
         result[f'coverage_{100*level:g}'] = ((lower <= nearest) & (nearest <= upper)).astype(float)
         result[f'width_{100*level:g}'] = upper - lower
     return pd.DataFrame(result)
 
-def distribution_metrics(probabilities, values, y, levels=LEVELS) -> dict:  # n, crps, coverage_NN (a share), width_NN
+def distribution_metrics(probabilities, values, y, levels=LEVELS) -> dict:  # n and means
     "Means of `distribution_scores`, from the same arguments."
     scores = distribution_scores(probabilities, values, y, levels)
     return {'n': len(scores), **scores.mean().to_dict()}
@@ -332,6 +334,9 @@ class Evaluation:
         if 'true_correlation' in rows and self.target != 'underlying_event_correlation':
             columns['against the true correlation, which training never saw'] = 'true_correlation'
             self.judged[TRUTH] = (p, rows.true_correlation)
+        grid = torch.tensor(self.values)
+        medians = {m: AnswerDistribution(grid, torch.as_tensor(d).log()).median for m, d in self.distributions.items()}
+        self.medians = self.predictions.assign(**{m: d.numpy() for m, d in medians.items() if m in self.predictions})
         self.scores, self.tables = {}, {}
         for heading, c in columns.items():
             self.scores[c] = {m: distribution_scores(d, self.values, rows[c]) for m, d in self.distributions.items()}

@@ -142,6 +142,6 @@ def intervals_record(intervals: dict, best) -> dict:  # best_baseline, confidenc
 
 def method_differences(e: Evaluation, method, others) -> dict[str, dict]:  # of each other that has predictions
     "`paired_difference` on test rows between a method and each of the others."
-    rows, points = e.rows[e.splits['test']], e.predictions[e.splits['test']]
+    rows, points = e.rows[e.splits['test']], e.medians[e.splits['test']]
     y, groups = rows[e.target], contract_groups(rows).T
     return {m: paired_difference(y, points[method], points[m], *groups) for m in others if m in points}

@@ -438,6 +438,7 @@ def _save_evaluation(run, done: Evaluated):
     atomic_write(run/'metrics.txt', '\n\n'.join([*texts, last]) + '\n')
     dist, alone = f.distributions['model'], f.distributions['language_model']
     ends = {f'{end}_{100*level:g}': x for level in LEVELS for end, x in zip(('lower', 'upper'), dist.interval(level))}
-    rows = f.rows.assign(prediction=dist.mean, **ends, crps=scores['model'].crps, on_grid_mass=alone.log_mass.exp(),
-                         nearest_distance=f.nearest, **f.points.drop(columns='model').add_prefix('baseline_'))
+    rows = f.rows.assign(prediction=dist.mean, median=dist.median, **ends, crps=scores['model'].crps,
+                         on_grid_mass=alone.log_mass.exp(), nearest_distance=f.nearest,
+                         **f.points.drop(columns='model').add_prefix('baseline_'))
     atomic_write(run/'predictions.parquet', rows.to_parquet())

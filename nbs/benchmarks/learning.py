@@ -38,7 +38,8 @@ BASE = dict(target=TARGET, model_name='embedded', use_4bit=False, text_loss_weig
 PLAN = {f'futures-{f}': dict(dataset=f'futures-{f}') for f in range(FOLDS)}
 PLAN |= {'market': dict(dataset='market', num_train_epochs=1), 'events': dict(dataset='events', num_train_epochs=2)}
 EVENTS = [f'events-{f}' for f in range(FOLDS)]
-PLAN = {f'members-{n}': dict(dataset=n) for n in [*PLAN, *EVENTS]} | PLAN | {
+MARKETS = [f'market-{seed}' for seed in range(1, 21)]   # 0 is the demo
+PLAN = {f'members-{n}': dict(dataset=n) for n in [*PLAN, *EVENTS, *MARKETS]} | PLAN | {
     f'stack-{n}': dict(dataset=n) for n in PLAN}
 PLAN |= {f'futures-0-{name}': dict(settings, dataset='futures-0', untuned=False) for name, settings in
          {'w0': dict(regression_loss_weight=0.), 'w1': dict(regression_loss_weight=1.),
@@ -55,11 +56,12 @@ def contract_split(pairs: pd.DataFrame, fold: int) -> pd.DataFrame:
     return add_novelty(pairs.assign(split=inner.split.replace('test', 'val').reindex(pairs.index).fillna(pairs.split)))
 
 def data(name: str) -> pd.DataFrame:
-    "Pairs with their sides: contract folds 'futures-0' to 'events-4', or one contract split: 'events', 'market'"
+    "Pairs with their sides: contract folds 'futures-0' to 'events-4', or one contract split: 'events', 'market-1'"
     kind, *fold = name.split('-')
-    if kind == 'market':    # three draws of the simulation: other pairs and other prices of the same contracts
-        draws = pd.concat([simulate_market(seed).pairs for seed in range(3)]).drop_duplicates('id')
-        pairs = split_pairs(check_pairs(draws, TARGET), 'contract')
+    if kind == 'market':    # a draw of the simulation has other pairs and other prices of the same contracts
+        seeds = [int(fold[0])] if fold else range(3)
+        draws = pd.concat([simulate_market(seed).pairs for seed in seeds]).drop_duplicates('id')
+        pairs = split_pairs(check_pairs(draws, TARGET), 'contract', seed=seeds[0])
         return pairs.assign(true_correlation=pairs.underlying_event_correlation)
     folder = Path(os.environ['CORRNB_DATA_DIR'])/kind
     pairs = read_pairs(folder/'pairs.csv', TARGET, folder/'contracts.csv' if kind == 'events' else None)
@@ -156,11 +158,11 @@ def pooled(results: list[dict], side: str) -> tuple[pd.DataFrame, dict, dict]:
     return rows, {c.removeprefix('point_'): rows[c].to_numpy() for c in rows if c.startswith('point_')}, forecasts
 
 def table(rows: pd.DataFrame, points: dict, forecasts: dict, target: str=TARGET) -> pd.DataFrame:
-    "Metrics of each method; of distributions also CRPS, coverage and width of intervals, and the median's MAE"
+    "Metrics of each method; of distributions also CRPS, coverage and width of intervals, and the MAE of the mean"
     lines = {name: regression_metrics(rows[target], p) for name, p in points.items()}
     for name, d in forecasts.items():
-        lines[name] |= distribution_metrics(d.probs, d.values, rows[target])
-        lines[name]['mae_median'] = np.abs(d.median.numpy() - rows[target]).mean()
+        lines[name]['mae_of_mean'] = lines[name]['mae']
+        lines[name] |= distribution_metrics(d.probs, d.values, rows[target])   # mae is that of the median
     return pd.DataFrame(lines).T.infer_objects()
 
 if __name__ == '__main__':
