@@ -296,9 +296,9 @@ def next_period_table(
     shown = {'past': past, 'half of it': past/2} | {n: f if isinstance(f, AnswerDistribution) else np.asarray(f)[some]
                                                     for n, f in forecasts.items()}
     for name, f in shown.items():
-        point, inside = f, np.full(len(y), np.nan)
+        point, middle, inside = f, f, np.full(len(y), np.nan)
         if isinstance(f, AnswerDistribution):
-            point, ends = f.mean.numpy()[some], [end.numpy()[some] for end in f.interval(.9)]
+            point, middle, *ends = [x.numpy()[some] for x in (f.mean, f.median, *f.interval(.9))]
             inside = (np.round(y, 2) >= ends[0] - 1e-6) & (np.round(y, 2) <= ends[1] + 1e-6)
         for (group, value), i in _past_groups(known).items():
             i = i[np.isfinite(point[i])]
@@ -307,7 +307,7 @@ def next_period_table(
             w = w[w @ size > 0]
             low, high = np.quantile(1 - w @ error/(w @ size), [.025, .975]) if len(w) else (np.nan, np.nan)
             lines.append(dict(group=group, value=value, n=len(i), method=name, r2=1 - error.sum()/size.sum(), lower=low,
-                              upper=high, mae=np.abs(point[i] - y[i]).mean(), inside_90=inside[i].mean()))
+                              upper=high, mae=np.abs(middle[i] - y[i]).mean(), inside_90=inside[i].mean()))
     return pd.DataFrame(lines)
 
 # %% ../nbs/30_evaluation.ipynb #8b893d83
