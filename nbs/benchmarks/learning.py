@@ -38,7 +38,7 @@ BASE = dict(target=TARGET, model_name='embedded', use_4bit=False, text_loss_weig
 PLAN = {f'futures-{f}': dict(dataset=f'futures-{f}') for f in range(FOLDS)}
 PLAN |= {'market': dict(dataset='market', num_train_epochs=1), 'events': dict(dataset='events', num_train_epochs=2)}
 EVENTS = [f'events-{f}' for f in range(FOLDS)]
-MARKETS = [f'market-{seed}' for seed in range(1, 21)]   # 0 is the demo
+MARKETS = [f'market-{seed}' for seed in range(21)]   # 0 is the demo
 PLAN = {f'members-{n}': dict(dataset=n) for n in [*PLAN, *EVENTS, *MARKETS]} | PLAN | {
     f'stack-{n}': dict(dataset=n) for n in PLAN}
 PLAN |= {f'futures-0-{name}': dict(settings, dataset='futures-0', untuned=False) for name, settings in
