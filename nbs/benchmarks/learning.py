@@ -25,6 +25,7 @@ from corrnb.demo import simulate_market
 from corrnb.embeddings import spread_layers
 from corrnb.evaluation import distribution_metrics, regression_metrics
 from corrnb.files import atomic_write
+from corrnb.labelling import pairs_from_prices
 from corrnb.models import load_model, load_tokenizer
 from corrnb.parameters import RunConfig
 from corrnb.rag import PairRetriever
@@ -39,7 +40,8 @@ PLAN = {f'futures-{f}': dict(dataset=f'futures-{f}') for f in range(FOLDS)}
 PLAN |= {'market': dict(dataset='market', num_train_epochs=1), 'events': dict(dataset='events', num_train_epochs=2)}
 EVENTS = [f'events-{f}' for f in range(FOLDS)]
 MARKETS = [f'market-{seed}' for seed in range(21)]   # 0 is the demo
-PLAN = {f'members-{n}': dict(dataset=n) for n in [*PLAN, *EVENTS, *MARKETS]} | PLAN | {
+MORE = [f'{n}-prices' for n in EVENTS]
+PLAN = {f'members-{n}': dict(dataset=n) for n in [*PLAN, *EVENTS, *MARKETS, *MORE]} | PLAN | {
     f'stack-{n}': dict(dataset=n) for n in PLAN}
 PLAN |= {f'futures-0-{name}': dict(settings, dataset='futures-0', untuned=False) for name, settings in
          {'w0': dict(regression_loss_weight=0.), 'w1': dict(regression_loss_weight=1.),
@@ -55,8 +57,18 @@ def contract_split(pairs: pd.DataFrame, fold: int) -> pd.DataFrame:
     inner = next(contract_kfold(rest, 7, seed=fold))
     return add_novelty(pairs.assign(split=inner.split.replace('test', 'val').reindex(pairs.index).fillna(pairs.split)))
 
+def with_more_pairs(pairs: pd.DataFrame, folder: Path, most: int=2000) -> pd.DataFrame:
+    "The same test rows; with the others a draw of all pairs that prices give and that hold no held-out contract"
+    found = check_pairs(pairs_from_prices(folder/'prices.csv.gz', folder/'contracts.csv'), TARGET)
+    every = pd.concat([pairs, found.assign(split='train')], ignore_index=True)
+    groups, test, new = contract_groups(every).astype(str), every.split == 'test', every.index >= len(pairs)
+    held = np.setdiff1d(groups[test], groups[~test & ~new])
+    ends = pd.DataFrame(np.sort(every[['contract_a_id', 'contract_b_id']].to_numpy(str), axis=1))
+    usable = every[new & ~np.isin(groups, held).any(1) & ~ends.duplicated()]
+    return add_novelty(pd.concat([pairs, usable.sample(min(most, len(usable)), random_state=0)], ignore_index=True))
+
 def data(name: str) -> pd.DataFrame:
-    "Pairs with their sides: contract folds 'futures-0' to 'events-4', or one contract split: 'events', 'market-1'"
+    "Pairs with their sides: contract folds 'futures-0' to 'events-4-prices', or one split: 'events', 'market-1'"
     kind, *fold = name.split('-')
     if kind == 'market':    # a draw of the simulation has other pairs and other prices of the same contracts
         seeds = [int(fold[0])] if fold else range(3)
@@ -65,7 +77,9 @@ def data(name: str) -> pd.DataFrame:
         return pairs.assign(true_correlation=pairs.underlying_event_correlation)
     folder = Path(os.environ['CORRNB_DATA_DIR'])/kind
     pairs = read_pairs(folder/'pairs.csv', TARGET, folder/'contracts.csv' if kind == 'events' else None)
-    return contract_split(pairs, int(fold[0])) if fold else split_pairs(pairs, 'contract')
+    if not fold: return split_pairs(pairs, 'contract')
+    pairs = contract_split(pairs, int(fold[0]))
+    return with_more_pairs(pairs, folder) if 'prices' in fold else pairs
 
 def experiment(results: Path, name: str, dataset: str, **settings):
     "Run all stages in a folder, and keep what every method forecasts for the held-out rows"
