@@ -1,5 +1,6 @@
 "Sweeps with the tiny model: killed and continued, moved, reported to trackers, side by side in Ray, a worker killed"
 import contextlib
+import shutil
 from types import SimpleNamespace
 
 import psutil
@@ -74,6 +75,7 @@ def ray_worker(run):
 def test_worker_of_ray_is_killed(killed, tmp_path):
     "Of two runs side by side in Ray one is killed, the other goes on; typed again, metrics as of one after the other"
     sweep, log = tmp_path/'ray', tmp_path/'log'
+    shutil.copytree(killed.folder, sweep, ignore=shutil.ignore_patterns('runs'))   # the same rows and index
     with log.open('w') as f: process = start(*sweep_command(sweep, '--workers', '2'), output=f)
     wait_for_checkpoint(sweep/'runs'/SECOND, process)
     first = sweep/'runs'/FIRST

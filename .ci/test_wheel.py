@@ -62,29 +62,26 @@ def test_run_and_predict(installed, run):
     assert any(isinstance(v, float) and -1 <= v <= 1 for v in answer.values()), answer
 
 @pytest.mark.seconds(60)
-def test_sweep(installed):
-    "A sweep over two values"
-    swept = '-p', 'regression_loss_weight', '0,10'
-    installed.corrnb('sweep', '--profile', 'tiny', '--name', 'sweep', *swept, *NO_COMPARISONS)
-    sweep = installed.folder/'runs'/'sweep'
-    assert (sweep/'compare.html').exists() and all(read_metrics(p) for p in (sweep/'runs').iterdir())
-
-@pytest.mark.seconds(40)
-def test_edited_notebooks(installed, run):
-    "`corrnb notebooks` copies the stage notebooks; a run takes the edited copies"
+def test_sweep_of_edited_notebooks(installed, run):
+    "`corrnb notebooks` copies the stage notebooks; a sweep over two values runs the edited copies"
     copies = installed.folder/'mine'
     installed.corrnb('notebooks', 'mine')
     stages = {p.stem for p in copies.glob('*.ipynb')}
     assert stages >= {'prepare', 'index', 'train', 'evaluate', 'compare'}, stages
     assert (copies/'profiles'/'tiny.yaml').exists()
-    nb = nbformat.read(copies/'prepare.ipynb', as_version=4)
-    edit = 'from pathlib import Path\nPath(run_dir, "edited.txt").write_text("by hand")'
-    nb.cells.append(nbformat.v4.new_code_cell(edit))
-    nbformat.write(nb, copies/'prepare.ipynb')
-    installed.corrnb('run', '--profile', 'tiny', *NO_COMPARISONS, '--notebooks', 'mine', '--name', 'edited')
-    edited = installed.folder/'runs'/'edited'
-    assert (edited/'edited.txt').read_text() == 'by hand' and not (run/'edited.txt').exists()
-    gap = difference(read_metrics(run), read_metrics(edited))
+    for stage in 'prepare', 'evaluate':
+        nb = nbformat.read(copies/f'{stage}.ipynb', as_version=4)
+        edit = f'from pathlib import Path\nPath(run_dir, "edited-{stage}.txt").write_text("by hand")'
+        nb.cells.append(nbformat.v4.new_code_cell(edit))
+        nbformat.write(nb, copies/f'{stage}.ipynb')
+    swept = '-p', 'regression_loss_weight', '0,10', '--notebooks', 'mine'
+    installed.corrnb('sweep', '--profile', 'tiny', '--name', 'sweep', *swept, *NO_COMPARISONS)
+    sweep = installed.folder/'runs'/'sweep'
+    edited = {p.name: p for p in (sweep/'runs').iterdir()}
+    assert (sweep/'compare.html').exists() and len(edited) == 2
+    by_hand = [(p/f'edited-{stage}.txt').read_text() for p in edited.values() for stage in ('prepare', 'evaluate')]
+    assert by_hand == ['by hand']*4 and not list(run.glob('edited*'))
+    gap = difference(read_metrics(run), read_metrics(edited['regression_loss_weight=10']))
     assert gap <= 1e-6, f'a cell that only writes a file changed the metrics, by {gap:.2g}'
 
 def test_installed_files_stay(installed):

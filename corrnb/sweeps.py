@@ -55,6 +55,7 @@ from corrnb.pipeline import (
     trained_again,
     write_params,
 )
+from .summary import method_name
 
 # %% ../nbs/44_sweeps.ipynb #5958de7a
 def _text(value) -> str:
@@ -335,13 +336,13 @@ def _plot_figure(ax, summary: pd.DataFrame, x: str, figure: str):
         part = summary[(method == name) & summary[figure, 'mean'].notna()]
         for i, (key, p) in enumerate(part.groupby(others or ['method'])):
             at = [places.index(v) for v in p.index.get_level_values(x)]
-            label = ', '.join([name.replace('_', ' '), *(f'{n} {_text(v)}' for n, v in zip(others, key))])
+            label = ', '.join([method_name(name), *(f'{n} {_text(v)}' for n, v in zip(others, key))])
             ax.errorbar(at, p[figure, 'mean'], p[figure, 'sd'].fillna(0), capsize=3, marker='o', ms=4, lw=1, ls=style,
                         color=f'C{i}', label=label)
     baselines = summary[~method.isin(TRAINED_METHODS)][figure, 'mean'].dropna()
     if len(baselines):
         i = baselines.argmin() if figure == 'mae' else baselines.argmax()
-        name = baselines.index.get_level_values('method')[i].replace('_', ' ')
+        name = method_name(baselines.index.get_level_values('method')[i])
         ax.axhline(baselines.iloc[i], color='0.4', ls='--', lw=1, label=f'best baseline: {name}')
     ax.set_xticks(range(len(places)), map(_text, places))
     ax.set(xlabel=x.replace('_', ' '), ylabel=FIGURES[figure])
