@@ -386,8 +386,8 @@ def log_probs(
 @patch
 def distribution(self: AnswerGrid, model, prompts: list[str], **kwargs) -> AnswerDistribution:
     "Predictive distributions of the prompts (arguments of `log_probs`), no gradients; warns if most mass is elsewhere"
-    with torch.no_grad(): log_probs = self.log_probs(model, prompts, **kwargs).cpu()
-    dist = AnswerDistribution(self.values, log_probs)
+    with torch.inference_mode(): log_probs = self.log_probs(model, prompts, **kwargs).cpu()
+    dist = AnswerDistribution(self.values, log_probs.clone())        # a tensor like any other
     mass = dist.log_mass.exp().mean()
     if mass < 0.5:                                                   # nan without prompts
         warnings.warn(f'only {mass:.1%} of the probability is on the answer grid: '

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Callable, Literal, NamedTuple
 
@@ -166,6 +166,7 @@ INTEGER, BOOLEAN = Kind(_read_cell, int, 'Int64'), Kind(_read_cell, bool, 'boole
 _KINDS = {UtcDateTime: TIMESTAMP, sa.JSON: JSON, sa.Boolean: BOOLEAN, sa.Integer: INTEGER, sa.Double: NUMBER,
           sa.Text: TEXT}
 
+@cache
 def column_kinds(table: type[Base]) -> dict[str, Kind]:
     "The kind of each column of a table, with the limits that the table declares"
     kinds = {}
@@ -184,16 +185,18 @@ def _reason(column: str, error: dict) -> str:
     reason = error['msg'].replace('Input', 'it').removeprefix('Value error, ').split(', unable')[0]
     return f'{column} is {reprlib.repr(error["input"])}: {reason}'
 
+@lru_cache(100)  # making one takes longer than reading a cell
+def _adapter(kind: Kind) -> TypeAdapter: return TypeAdapter(list[Annotated[kind.type | None, BeforeValidator(kind.read)]])
+
 def read_column(
     values: pd.Series,  # its index counts the rows
     kind: Kind
 ) -> tuple[pd.Series, dict]:  # the column, missing where a cell cannot be read; for each such row the reason
     "A column as what it means"
-    adapter = TypeAdapter(list[Annotated[kind.type | None, BeforeValidator(kind.read)]])
-    parts, wrong = [], {}
+    adapter, parts, wrong = _adapter(kind), [], {}
     for start in range(0, len(values), BLOCK):
         block = values.iloc[start:start+BLOCK]
-        cells = block.astype(object).where(block.notna(), None).tolist()
+        cells = [None if missing else value for value, missing in zip(block.astype(object), block.isna())]
         try: read = adapter.validate_python(cells)
         except ValidationError as e:
             errors = {error['loc'][0]: error for error in e.errors(include_url=False)}
@@ -207,13 +210,16 @@ def read_column(
 # %% ../nbs/03_data.ipynb #ec4769d9
 def _self_pairs(pairs: pd.DataFrame) -> dict:  # the reason for each row where that is so
     "Pairs of a contract with itself: the same title twice, or the same id and venue"
-    def both(column): return (pairs.get(f'contract_{s}_{column}', nothing) for s in 'ab')
-    nothing = pd.Series(None, pairs.index, TEXT_DTYPE)
-    (a, b), (venue, b_venue), (title, b_title) = both('id'), both('venue'), both('title')
-    same_id = (a == b) & ((venue == b_venue) | (venue.isna() & b_venue.isna()))
-    same_title = map_unique(title, text_key) == map_unique(b_title, text_key)
-    return ({i: f'a contract paired with itself: {a[i]}' for i in pairs.index[same_id]}
-            | {i: f'both titles are the same: {title[i][:60]!r}' for i in pairs.index[same_title]})
+    found: dict = {}
+    if {'contract_a_id', 'contract_b_id'} <= {*pairs}:
+        nothing = pd.Series(None, pairs.index, TEXT_DTYPE)
+        a, b = (pairs.get(f'contract_{s}_venue', nothing) for s in 'ab')
+        same = (pairs.contract_a_id == pairs.contract_b_id) & ((a == b) | (a.isna() & b.isna()))
+        found |= {i: f'a contract paired with itself: {pairs.contract_a_id[i]}' for i in pairs.index[same]}
+    if {*TITLES} <= {*pairs}:
+        a, b = (map_unique(pairs[c], text_key) for c in TITLES)
+        found |= {i: f'both titles are the same: {pairs.contract_a_title[i][:60]!r}' for i in pairs.index[a == b]}
+    return found
 
 def _repeated(keys: pd.DataFrame) -> dict:  # the reason for each row where that is so
     "Rows whose key an earlier row has"
@@ -334,6 +340,7 @@ def _other_names(split: pd.Series) -> list[str]:
 
 _SPLIT = Kind(_read_side, Literal[SIDES], TEXT_DTYPE)
 
+@cache
 def _pair_kinds(target: str|None) -> dict[str, Kind]:
     "The kinds of the columns that are read where `target` is to be predicted"
     kinds = {c: kind for c, kind in column_kinds(ContractCorrelation).items() if c in _READ}

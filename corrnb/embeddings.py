@@ -146,19 +146,19 @@ class FrozenBlocks:
 def _special_ids(tokenizer) -> list[int]:  # ids that never stand for text; an unknown piece does
     return sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
 
-def _text_mask(input_ids, attention_mask, special):
+def _text_mask(input_ids, real, special):
     "True at the tokens of the text itself: not padding, not BOS or another special token; (n, t)"
-    return attention_mask.bool() & ~torch.isin(input_ids, torch.tensor(special, device=input_ids.device))
+    return real & ~torch.isin(input_ids, torch.tensor(special, device=input_ids.device))
 
-@torch.no_grad()
+@torch.inference_mode()
 def _pooled(decoder, sequences, layers, special: list[int]) -> np.ndarray:  # (layers, n, hidden) float32
     "Mean hidden states over the tokens of each sequence of one batch that are not special"
     device = decoder.get_input_embeddings().weight.device
     lengths = torch.tensor([len(s) for s in sequences])
     ids = pad_sequence([torch.tensor(s) for s in sequences], batch_first=True).to(device)
-    attention = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)
-    states = states_at(decoder, layers, input_ids=ids, attention_mask=attention)
-    mask = _text_mask(ids, attention, special)[..., None]
+    real = (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
+    states = states_at(decoder, layers, input_ids=ids)   # no token sees the padding behind it
+    mask = _text_mask(ids, real, special)[..., None]
     return torch.stack([(states[i].float()*mask).sum(1)/mask.sum(1) for i in layers]).cpu().numpy()
 
 def _pooled_in_memory(decoder, sequences, layers, special) -> np.ndarray:  # (layers, n, hidden) float32

@@ -41,16 +41,15 @@ def contracts_of(
 ) -> tuple[pd.DataFrame, np.ndarray]:  # contracts with the `FIELDS` that there are; (n, 2) positions
     "Contracts of pairs: what has the same title, details, event, venue, category and closing date is one contract"
     fields = [f for f in FIELDS if f'contract_a_{f}' in rows and f'contract_b_{f}' in rows]
-    sides = [rows[[f'contract_{s}_{f}' for f in fields]].set_axis(fields, axis=1) for s in 'ab']
-    both = pd.concat(sides, ignore_index=True)
+    both = {f: pd.concat([rows[f'contract_{s}_{f}'] for s in 'ab'], ignore_index=True) for f in fields}
     first, codes = distinct_rows(both)
-    found = both.iloc[first].reset_index(drop=True).astype(object)
-    return found.astype(str).where(found.notna(), ''), codes.reshape(2, -1).T
+    found = {f: ['' if pd.isna(x) else str(x) for x in values.iloc[first]] for f, values in both.items()}
+    return pd.DataFrame(found, dtype=str), codes.reshape(2, -1).T
 
 # %% ../nbs/24_gp.ipynb #3af20586
 def _texts(contracts) -> np.ndarray:  # (n,) what is embedded: the title, and details where there are any
-    details = contracts.get('details', pd.Series('', contracts.index))
-    return (contracts.title + ' ' + details).str.rstrip().to_numpy(str)
+    details = contracts.details if 'details' in contracts else ['']*len(contracts)
+    return np.array([f'{t} {d}'.rstrip() for t, d in zip(contracts.title, details)], str)
 
 PART = 10_000  # pairs whose features are in memory at a time
 
@@ -75,11 +74,13 @@ class Views:
         texts, where = np.unique(_texts(contracts), return_inverse=True)
         states = self.embed(texts, self.layers) if self.embed and self.layers else []
         found = [normalize(v, c)[where] for v, c in zip(states, self.centers)]
-        found += [w.transform(contracts.title) for w in self.words]
-        days = self._days(contracts).fillna(self.middle).fillna(0).to_numpy()
-        return found + [self._column(contracts, f) for f in self.columns] + [days]*self.dates
+        found += [w.transform(contracts.title.tolist()) for w in self.words]
+        found += [self._column(contracts, f) for f in self.columns]
+        if self.dates: found.append(self._days(contracts).fillna(self.middle).fillna(0).to_numpy())
+        return found
 
-    def _column(self, contracts, name): return contracts.get(name, pd.Series('', contracts.index)).to_numpy(str)
+    def _column(self, contracts, name):
+        return contracts[name].to_numpy(str) if name in contracts else np.full(len(contracts), '')
 
     def _days(self, contracts) -> pd.Series:  # since 1970; NaN: unknown
         dates = pd.to_datetime(self._column(contracts, 'close_date'), utc=True, errors='coerce', format='ISO8601')

@@ -102,9 +102,8 @@ def cut_text(tokenizer, text: str, most: int) -> str:
 
 def cut_texts(tokenizer, texts: pd.Series, most: int, name: str='') -> pd.Series:
     "Texts of at most `most` tokens; how many are cut is printed, `name` says of what"
-    different = texts.dropna().drop_duplicates()
-    sizes = pd.Series([*map(len, encode(tokenizer, different.tolist(), bos=False))], different, dtype=int)
-    long = set(sizes.index[sizes > most])
+    different = [*dict.fromkeys(texts.dropna())]
+    long = {text for text, ids in zip(different, encode(tokenizer, different, bos=False)) if len(ids) > most}
     if not long: return texts
     print(f'{len(long)} different texts of {name or texts.name} have more than {most} tokens and are cut')
     return map_unique(texts, lambda text: cut_text(tokenizer, text, most) if text in long else text)

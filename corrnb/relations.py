@@ -222,16 +222,17 @@ def _compared(*sides) -> tuple[Claim, Claim, Relation]:  # `READ` of a and b, in
 
 def row_relations(pairs: pd.DataFrame) -> list[tuple[Claim, Claim, Relation]]:
     "Claims and relation of a few pairs, row by row; what is asked again is known"
-    columns = [pairs.get(f'contract_{s}_{name}', [None]*len(pairs)) for name in READ for s in 'ab']
+    names, missing = [f'contract_{s}_{name}' for name in READ for s in 'ab'], [None]*len(pairs)
+    columns = [pairs[c] if c in pairs else missing for c in names]
     return [_compared(*(None if pd.isna(v) else v for v in row)) for row in zip(*columns)]
 
 def distinct_rows(
-    frame: pd.DataFrame  # n rows; missing values are equal
+    columns: pd.DataFrame|dict  # of n rows; missing values are equal
 ) -> tuple[np.ndarray, np.ndarray]:  # positions of the first of each, in order; (n,) number of each row among these
     "Which rows are there, column by column: a million rows take a second"
-    codes = np.zeros(len(frame), dtype=int)
-    for name in frame:
-        of_column, _ = pd.factorize(frame[name])
+    codes = 0
+    for name in columns:
+        of_column, _ = pd.factorize(columns[name])
         codes, _ = pd.factorize(codes*(of_column.max(initial=0) + 2) + of_column + 1)
     return np.flatnonzero(~pd.Series(codes).duplicated()), codes
 
@@ -241,9 +242,11 @@ def other_sides(
     pairs: pd.DataFrame  # contract_a_id, contract_a_complement_id, the same of b, where known
 ) -> np.ndarray:  # (n,) bool
     "Is one contract the other side of the other's market?"
-    ids, others = ([pairs.get(f'contract_{s}_{name}', pd.Series(None, pairs.index, object)) for s in 'ab']
-                   for name in ('id', 'complement_id'))
-    return _equals(ids[0], others[1]) | _equals(ids[1], others[0])
+    found = np.zeros(len(pairs), bool)
+    for s, other in ('ab', 'ba'):
+        names = f'contract_{s}_id', f'contract_{other}_complement_id'
+        if {*names} <= {*pairs}: found |= _equals(*(pairs[name] for name in names))
+    return found
 
 def relations(
     pairs: pd.DataFrame,  # contract_a_title, contract_b_title; where known, the same with the other names of `READ`
