@@ -186,7 +186,8 @@ def _reason(column: str, error: dict) -> str:
     return f'{column} is {reprlib.repr(error["input"])}: {reason}'
 
 @lru_cache(100)  # making one takes longer than reading a cell
-def _adapter(kind: Kind) -> TypeAdapter: return TypeAdapter(list[Annotated[kind.type | None, BeforeValidator(kind.read)]])
+def _adapter(kind: Kind) -> TypeAdapter:
+    return TypeAdapter(list[Annotated[kind.type | None, BeforeValidator(kind.read)]])
 
 def read_column(
     values: pd.Series,  # its index counts the rows
@@ -261,9 +262,9 @@ def check_rows(
 
 def _cut_long(texts: pd.Series) -> pd.Series:
     "Texts of at most `MAX_TEXT` characters; what is cut is counted"
-    long = texts.str.len() > MAX_TEXT
-    if not long.any(): return texts
-    print(f'{long.sum()} texts of {texts.name} are longer than {MAX_TEXT:,} characters and are cut')
+    long = sum(isinstance(text, str) and len(text) > MAX_TEXT for text in texts)
+    if not long: return texts
+    print(f'{long} texts of {texts.name} are longer than {MAX_TEXT:,} characters and are cut')
     return texts.str[:MAX_TEXT].str.rstrip()
 
 def counted(n: int, what: str) -> str:

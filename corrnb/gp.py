@@ -41,9 +41,9 @@ def contracts_of(
 ) -> tuple[pd.DataFrame, np.ndarray]:  # contracts with the `FIELDS` that there are; (n, 2) positions
     "Contracts of pairs: what has the same title, details, event, venue, category and closing date is one contract"
     fields = [f for f in FIELDS if f'contract_a_{f}' in rows and f'contract_b_{f}' in rows]
-    both = {f: pd.concat([rows[f'contract_{s}_{f}'] for s in 'ab'], ignore_index=True) for f in fields}
+    both = {f: np.concatenate([rows[f'contract_{s}_{f}'].to_numpy(object) for s in 'ab']) for f in fields}
     first, codes = distinct_rows(both)
-    found = {f: ['' if pd.isna(x) else str(x) for x in values.iloc[first]] for f, values in both.items()}
+    found = {f: ['' if pd.isna(x) else str(x) for x in values[first]] for f, values in both.items()}
     return pd.DataFrame(found, dtype=str), codes.reshape(2, -1).T
 
 # %% ../nbs/24_gp.ipynb #3af20586
@@ -62,6 +62,7 @@ class Views:
     ):
         self.embed, self.layers = embed, tuple(layers) if embed else ()
         self.words = [TfidfVectorizer(**o).fit(sorted(set(contracts.title))) for o in VECTORIZERS]
+        self.last: tuple = [], []   # titles, and their vectors by each of these
         self.centers = [v.mean(0) for v in embed(np.unique(_texts(contracts)), self.layers)] if embed and layers else []
         self.columns = [f for f in FIELDS[2:5] if f in contracts and contracts[f].nunique() > 1]
         self.dates = 'close_date' in contracts and contracts.close_date.nunique() > 1
@@ -74,10 +75,16 @@ class Views:
         texts, where = np.unique(_texts(contracts), return_inverse=True)
         states = self.embed(texts, self.layers) if self.embed and self.layers else []
         found = [normalize(v, c)[where] for v, c in zip(states, self.centers)]
-        found += [w.transform(contracts.title.tolist()) for w in self.words]
+        found += self._tf_idf(contracts.title.tolist())
         found += [self._column(contracts, f) for f in self.columns]
         if self.dates: found.append(self._days(contracts).fillna(self.middle).fillna(0).to_numpy())
         return found
+
+    def _tf_idf(self, titles: list) -> list:
+        "Vectors of words and characters; of the last titles they are known"
+        last = self.last
+        if last[0] != titles: last = self.last = titles, [w.transform(titles) for w in self.words]
+        return last[1]
 
     def _column(self, contracts, name):
         return contracts[name].to_numpy(str) if name in contracts else np.full(len(contracts), '')
@@ -110,9 +117,9 @@ class Views:
 
     def alike(self, rows: pd.DataFrame) -> np.ndarray:  # (n,) cosines
         "How much the two titles of each pair are alike in their characters"
-        codes, titles = pd.factorize(np.concatenate([rows[f'contract_{s}_title'].to_numpy(str) for s in 'ab']))
+        codes, titles = pd.factorize(np.concatenate([rows[f'contract_{s}_title'].to_numpy(object) for s in 'ab']))
         view = self.names.index('characters')
-        return 1 - self.side(view, self.words[-1].transform(titles), codes.reshape(2, -1).T)
+        return 1 - self.side(view, self._tf_idf(titles.tolist())[-1], codes.reshape(2, -1).T)
 
 # %% ../nbs/24_gp.ipynb #f0a49ac8
 SIZES = ('both contracts', 'similarity of the two sides, any shape', 'similarity of the two sides, linear', 'all pairs')
@@ -229,6 +236,7 @@ class PairGP:
         self.precision = cho_solve(cho_factor(k.numpy(), lower=True), np.eye(len(k)))
         self.root = np.asfortranarray(cholesky(self.precision, lower=True), np.float32)
         self.weights = self.precision @ self.z
+        self.small = {k: v.float() for k, v in self.scales.items()}, self.u.float(), self.x.float()
         return self
 
     def _weights(self) -> np.ndarray:  # (views,) of the distances in the kernel of contracts
@@ -273,8 +281,7 @@ class PairGP:
         "Mean and variance of the true Fisher z of each pair, (n,)"
         contracts, ab = contracts_of(rows)
         features, columns = self.views.features(contracts), torch.tensor(pair_columns(rows).to_numpy())
-        small = {k: v.float() for k, v in self.scales.items()}
-        near, known = self._near(features).float(), (self.u.float(), self.x.float())
+        near, (small, *known) = self._near(features).float(), self.small
         apart, n_texts = self.views.sides(features, ab), len(self.views.texts)
         mean, variance = np.empty(len(rows)), np.empty(len(rows))
         for part in torch.arange(len(rows)).split(max(1, ENTRIES//len(self.z))):

@@ -12,7 +12,6 @@ import math
 import reprlib
 from base64 import b64encode
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from .data import TITLES, PairError, add_pair_keys, check_pairs, text_key
 from .embeddings import FrozenBlocks, n_frozen
 from .files import atomic_write, content_hash
 from .manifests import base_name, check_manifest, read_manifest
-from .models import encode, load_model, load_tokenizer, model_fingerprint, without_adapter
+from .models import encode, load_model, load_tokenizer, model_fingerprint, plain_adapter, without_adapter
 from .past import PastUpdate, explain_steps
 from corrnb.prompts import (
     ANSWER_PREFIX,
@@ -207,7 +206,7 @@ def model_distribution(
     room = self.model.config.max_position_embeddings - len(grid.prefix_ids) - grid.n_nodes
     prompts = self.prompts(rows, drop_far(rows, [ns[:self.k] for ns in near], grid.tokenizer, room))
     def ask(prompts, frozen=None):
-        with nullcontext() if tuned else without_adapter(self.model):
+        with plain_adapter(self.model) if tuned else without_adapter(self.model):
             options = dict(batch_tokens=self.batch_tokens, progress=progress, frozen=frozen)
             return self.grid.distribution(self.model, prompts, **options).log_probs
     log_probs = ask(prompts) if self.asked is None else self.asked(prompts, ask, tuned)
@@ -215,11 +214,11 @@ def model_distribution(
     return AnswerDistribution(grid.values, log_probs)
 
 # %% ../nbs/29_inference.ipynb #e8f80887
+_READ = {*TITLES, *(f'contract_{s}_{f}' for s in 'ab' for f in DETAILS), *RELATED, *STATED, *PRICED, 'as_of', *PAST}
+
 def _asked_rows(pairs) -> pd.DataFrame:
     "Pairs to predict as a frame with both titles and what else may be read; `PairError` names what is no pair"
-    read = TITLES + [f'contract_{s}_{f}' for s in 'ab' for f in DETAILS] + RELATED + STATED + PRICED + ['as_of', *PAST]
-    read = [*dict.fromkeys(read)]
-    if isinstance(pairs, pd.DataFrame): return pairs[[c for c in read if c in pairs]]
+    if isinstance(pairs, pd.DataFrame): return pairs.loc[:, [c in _READ for c in pairs]]
     pairs = [*pairs]
     wrong = [f'pair {i + 1} is {reprlib.repr(p)}: it should be two titles' for i, p in enumerate(pairs)
              if isinstance(p, str) or not hasattr(p, '__len__') or len(p) != 2]

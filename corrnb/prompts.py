@@ -159,7 +159,8 @@ def drop_far(
         def size(ns):
             turned = [{**n, 'swapped': not n.get('swapped')} for n in ns]
             orders = make_prompt(a, b, ns, details=details), make_prompt(b, a, turned, details=details[::-1])
-            return max(map(len, encode(tokenizer, orders)))
+            bound = 2*max(len(prompt.encode()) for prompt in orders)   # no tokenizer makes two tokens of a byte
+            return bound if bound <= longest else max(map(len, encode(tokenizer, orders)))
         while ns and size(ns) > longest: ns = ns[:-1]
         if not ns and size(ns) > longest:
             raise ValueError(f'{a[:60]!r} and {b[:60]!r} make a prompt of {size(ns)} tokens, the model has room for '

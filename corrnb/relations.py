@@ -234,7 +234,7 @@ def distinct_rows(
     for name in columns:
         of_column, _ = pd.factorize(columns[name])
         codes, _ = pd.factorize(codes*(of_column.max(initial=0) + 2) + of_column + 1)
-    return np.flatnonzero(~pd.Series(codes).duplicated()), codes
+    return np.unique(codes, return_index=True)[1], codes
 
 def _equals(x, y) -> np.ndarray: return x.notna().to_numpy() & (x.to_numpy(object) == y.to_numpy(object))
 
@@ -286,7 +286,7 @@ def _few_columns(pairs: pd.DataFrame) -> pd.DataFrame:
     "`pair_columns` of a few pairs, row by row"
     rows = [(_same_event(a, b), *(found.relation in kind for kind in KINDS.values()))
             for a, b, found in row_relations(pairs)]
-    return pd.DataFrame(rows, pairs.index, list(COLUMNS), dtype=float)
+    return pd.DataFrame(np.array(rows, float).reshape(-1, len(COLUMNS)), pairs.index, list(COLUMNS))
 
 def pair_columns(pairs: pd.DataFrame) -> pd.DataFrame:  # (n, `COLUMNS`), each 0 or 1
     "Whether both contracts are of one event, and what logic says of them; arguments as of `relations`"
