@@ -20,6 +20,7 @@ import torch
 from scipy.linalg import cho_factor, cho_solve, cholesky
 from scipy.linalg.blas import strmm
 from scipy.optimize import minimize
+from sklearn import config_context
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from .answers import AnswerDistribution
@@ -83,7 +84,9 @@ class Views:
     def _tf_idf(self, titles: list) -> list:
         "Vectors of words and characters; of the last titles they are known"
         last = self.last
-        if last[0] != titles: last = self.last = titles, [w.transform(titles) for w in self.words]
+        if last[0] != titles:
+            with config_context(assume_finite=True, skip_parameter_validation=True):   # these are texts
+                last = self.last = titles, [w.transform(titles) for w in self.words]
         return last[1]
 
     def _column(self, contracts, name):
