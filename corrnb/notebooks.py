@@ -519,6 +519,10 @@ def begin_notebook(
 
 
 # %% ../nbs/36_notebooks.ipynb #kern0004
+def _imported(stage: Stage) -> str:
+    "The room that takes long to import, if a notebook imports it"
+    return 'stages' if 'from corrnb.stages import' in stage.path.read_text('utf-8') else ''
+
 class Kernel:
     "A process that executes notebooks, for one or one after the other; it ends with the block, or with this process"
     def __init__(
@@ -532,11 +536,11 @@ class Kernel:
     def __exit__(self, kind, *error): self.stop(now=kind is not None)
 
     def start(
-        self, room: str = ''   # to import at once
+        self, stage: Stage|None = None   # that it will execute: what takes long to import is imported at once
     ):
         "Start a process, unless there is one that is alive and fresh, or may be kept and runs the present code"
         if not (self._is_alive() and (self.keep or not self.used) and self.code == _code_files()): self.stop()
-        if self.manager is None: self.manager = self._started(room)
+        if self.manager is None: self.manager = self._started(_imported(stage) if stage else '')
 
     def next(
         self, folder: Path    # with the log
@@ -648,13 +652,11 @@ def _clean_tracked(folder: Path):
     try: clean_database(folder/TRACKED, places(folder))
     except sqlite3.Error as e: write_log(folder, f'{TRACKED} may hold places of this machine: {e}')
 
-def _imported(stage: Stage) -> str:
-    "The room that takes long to import, if a notebook imports it"
-    return 'stages' if 'from corrnb.stages import' in stage.path.read_text('utf-8') else ''
+
 
 def _execute(stage: Stage, config: RunConfig, folder: Path, verbose: bool, kernel: Kernel, secrets: list[str]):
     "Let papermill execute a notebook"
-    kernel.start(_imported(stage))
+    kernel.start(stage)
     import papermill  # while the process starts
     from papermill.iorw import papermill_io
     papermill_io.register(f'{folder}{os.sep}', _ScrubbedFiles(secrets, folder))
