@@ -147,21 +147,34 @@ def _plain(source: str) -> tuple[ast.Module, str]:
         if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant): body[:] = body[1:] or [ast.Pass()]
     return tree, ast.unparse(tree)
 
-@cache
-def _plain_file(path: Path, changed: tuple) -> tuple[ast.Module, str]: return _plain(path.read_text('utf-8'))
 
-def _room(package: Path, name: str) -> tuple[ast.Module, str]|None:
-    "Code of a module, read again only where its file has changed; None if there is no such module"
-    path = package/f'{name}.py'
-    if not path.exists(): return None
-    s = path.stat()
-    return _plain_file(path, (s.st_mtime_ns, s.st_size))
+
+
 
 def _imports(tree: ast.AST) -> list[tuple[str, str, str]]:
     "(room, name, as what) of what is imported from the library"
     nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module]
     ours = [(n, n.module.removeprefix('corrnb.')) for n in nodes if n.level or n.module.startswith('corrnb.')]
     return [(room, a.name, a.asname or a.name) for n, room in ours for a in n.names]
+
+@dataclass(frozen=True)
+class _Room:
+    "A module of the library"
+    tree: ast.Module
+    text: str                              # without comments and docstrings
+    imports: list[tuple[str, str, str]]    # as from `_imports`
+
+@cache
+def _read_room(path: Path, changed: tuple) -> _Room:
+    tree, text = _plain(path.read_text('utf-8'))
+    return _Room(tree, text, _imports(tree))
+
+def _room(package: Path, name: str) -> _Room|None:
+    "A module, read again only where its file has changed; None if there is no such module"
+    path = package/f'{name}.py'
+    if not path.exists(): return None
+    stat = path.stat()
+    return _read_room(path, (stat.st_mtime_ns, stat.st_size))
 
 def _names(tree: ast.AST) -> set[str]:
     "Names of the module that code uses: those that it neither sets nor takes as an argument"
@@ -186,16 +199,16 @@ def reached_code(
     package: Path|None = None  # folder of the modules; None: the library's
 ) -> dict[str, str]:           # code that counts, by room
     "The library's code that a piece of code reaches through `stages`: functions of that, and whole rooms"
-    code = partial(_room, package or Path(corrnb.__file__).parent)
-    tree, _ = code('stages')
+    read = partial(_room, package or Path(corrnb.__file__).parent)
+    stages = read('stages')
     called = {name for room, name, _ in _imports(ast.parse(source)) if room == 'stages'}
-    nodes = _stage_functions(tree, called)
+    nodes = _stage_functions(stages.tree, called)
     used = set().union(*map(_names, nodes))
-    rooms = {room for room, _, name in _imports(tree) if name in used}
+    rooms = {room for room, _, name in stages.imports if name in used}
     found = {'stages': '\n'.join(map(ast.unparse, nodes))}
-    while new := {r: code(r) for r in sorted(rooms) if r not in found and r not in _NO_CODE and code(r)}:
-        for plain, _ in new.values(): rooms |= {r for r, _, _ in _imports(plain)}
-        found |= {room: text for room, (_, text) in new.items()}
+    while new := {r: read(r) for r in sorted(rooms) if r not in found and r not in _NO_CODE and read(r)}:
+        for room in new.values(): rooms |= {r for r, _, _ in room.imports}
+        found |= {name: room.text for name, room in new.items()}
     return found
 
 def code_hash(
