@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib import metadata
@@ -259,7 +259,8 @@ def run_stage(
     view.begin(stage.name)
     write_log(folder, f'{stage.name} begins')
     start = time.perf_counter()
-    if kernel: kernel.start(stage)   # it imports while the code is hashed
+    with suppress(OSError):    # it imports while the code is hashed; what fails fails again below, with an explanation
+        if kernel: kernel.start(stage)
     parts = stage_parts(stage, inputs, folder)
     try: execute_stage(stage, inputs.config, folder, verbose, kernel)
     except PipelineError as e:
