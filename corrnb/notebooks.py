@@ -572,7 +572,8 @@ class Kernel:
         manager, self.manager = self.manager, None
         if manager is None: return
         manager.last_client.stop_channels()
-        if run_sync(manager.is_alive)(): run_sync(manager.shutdown_kernel)(now=now or not self.used)   # not yet listening
+        now = now or not self.used   # it may not listen yet
+        if run_sync(manager.is_alive)(): run_sync(manager.shutdown_kernel)(now=now)
         run_sync(manager.cleanup_resources)()
         manager.remove_sockets()
 
