@@ -582,7 +582,7 @@ class Kernel:
     def _started(self, room: str) -> _ThisPython:
         manager, self.code, self.used = _ThisPython(kernel_name='python3'), _code_files(), False
         options = ['--log-level=CRITICAL', '--HistoryManager.hist_file=:memory:']
-        environ = dict(os.environ, CORRNB_KEEP_WEIGHTS='1') if self.keep else dict(os.environ)
+        environ = dict(OMP_WAIT_POLICY='PASSIVE') | os.environ | (dict(CORRNB_KEEP_WEIGHTS='1') if self.keep else {})
         run_sync(manager.start_kernel)(extra_arguments=options, env=environ)
         run_sync(self._send)(manager, f'from corrnb.notebooks import begin_process\nbegin_process({room!r})')
         return manager
