@@ -21,11 +21,28 @@ def _silence(logger: str, start: str):
 _silence('transformers.trainer_utils', 'mtime may not be reliable')  # checkpoints of one second are ordered by step
 warnings.filterwarnings('ignore', '`is_gradient_checkpointing` is deprecated', FutureWarning)  # peft asks for it
 
+# %% ../nbs/12_models.ipynb #uncompil2
+import os
+from contextlib import suppress
+
+
+def _import_uncompiled(package: str):
+    "Import a package, if it is installed, whose uses of torch.compile do nothing"
+    before = os.environ.get('TORCHDYNAMO_DISABLE')
+    os.environ['TORCHDYNAMO_DISABLE'] = '1'
+    try:
+        with suppress(ImportError): __import__(package)
+    finally:
+        del os.environ['TORCHDYNAMO_DISABLE']
+        if before is not None: os.environ['TORCHDYNAMO_DISABLE'] = before
+
+
+_import_uncompiled('bitsandbytes')
+
 # %% ../nbs/12_models.ipynb #77184cda
 import copy
 import hashlib
 import importlib.util
-import os
 import re
 import tempfile
 import weakref

@@ -6,7 +6,8 @@
 __all__ = ['STAGES', 'PLACES', 'TRACKED', 'WIDGET', 'LOG', 'REPORTS', 'PAGE_OF', 'TEMPLATE', 'stage_folder', 'read_parameters',
            'Stage', 'read_stage', 'load_stages', 'set_parameters', 'copy_notebooks', 'reached_code', 'code_hash',
            'relative_paths', 'absolute_paths', 'places', 'portable', 'clean_database', 'scrub', 'is_weak',
-           'warn_of_weak_secrets', 'Screen', 'write_log', 'write_report', 'begin_notebook', 'Kernel', 'execute_stage']
+           'warn_of_weak_secrets', 'Screen', 'write_log', 'write_report', 'begin_process', 'begin_notebook', 'Kernel',
+           'execute_stage']
 
 # %% ../nbs/36_notebooks.ipynb #7aaeb4c7
 import ast
@@ -28,11 +29,13 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from urllib.parse import quote, quote_plus
 
 from IPython import get_ipython
+from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
@@ -144,19 +147,34 @@ def _plain(source: str) -> tuple[ast.Module, str]:
         if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant): body[:] = body[1:] or [ast.Pass()]
     return tree, ast.unparse(tree)
 
-@cache
-def _plain_file(path: Path, changed: tuple) -> tuple[ast.Module, str]: return _plain(path.read_text('utf-8'))
 
-def _rooms(package: Path) -> dict[str, tuple[ast.Module, str]]:
-    "Code of the modules, read again only where a file has changed"
-    stats = {p: p.stat() for p in package.glob('*.py')}
-    return {p.stem: _plain_file(p, (s.st_mtime_ns, s.st_size)) for p, s in stats.items()}
+
+
 
 def _imports(tree: ast.AST) -> list[tuple[str, str, str]]:
     "(room, name, as what) of what is imported from the library"
     nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module]
     ours = [(n, n.module.removeprefix('corrnb.')) for n in nodes if n.level or n.module.startswith('corrnb.')]
     return [(room, a.name, a.asname or a.name) for n, room in ours for a in n.names]
+
+@dataclass(frozen=True)
+class _Room:
+    "A module of the library"
+    tree: ast.Module
+    text: str                              # without comments and docstrings
+    imports: list[tuple[str, str, str]]    # as from `_imports`
+
+@cache
+def _read_room(path: Path, changed: tuple) -> _Room:
+    tree, text = _plain(path.read_text('utf-8'))
+    return _Room(tree, text, _imports(tree))
+
+def _room(package: Path, name: str) -> _Room|None:
+    "A module, read again only where its file has changed; None if there is no such module"
+    path = package/f'{name}.py'
+    if not path.exists(): return None
+    stat = path.stat()
+    return _read_room(path, (stat.st_mtime_ns, stat.st_size))
 
 def _names(tree: ast.AST) -> set[str]:
     "Names of the module that code uses: those that it neither sets nor takes as an argument"
@@ -181,15 +199,16 @@ def reached_code(
     package: Path|None = None  # folder of the modules; None: the library's
 ) -> dict[str, str]:           # code that counts, by room
     "The library's code that a piece of code reaches through `stages`: functions of that, and whole rooms"
-    code = _rooms(package or Path(corrnb.__file__).parent)
+    read = partial(_room, package or Path(corrnb.__file__).parent)
+    stages = read('stages')
     called = {name for room, name, _ in _imports(ast.parse(source)) if room == 'stages'}
-    nodes = _stage_functions(code['stages'][0], called)
+    nodes = _stage_functions(stages.tree, called)
     used = set().union(*map(_names, nodes))
-    rooms = {room for room, _, name in _imports(code['stages'][0]) if name in used}
+    rooms = {room for room, _, name in stages.imports if name in used}
     found = {'stages': '\n'.join(map(ast.unparse, nodes))}
-    while new := [r for r in sorted(rooms) if r in code and r not in found and r not in _NO_CODE]:
-        for room in new: rooms |= {r for r, _, _ in _imports(code[room][0])}
-        found |= {room: code[room][1] for room in new}
+    while new := {r: read(r) for r in sorted(rooms) if r not in found and r not in _NO_CODE and read(r)}:
+        for room in new.values(): rooms |= {r for r, _, _ in room.imports}
+        found |= {name: room.text for name, room in new.items()}
     return found
 
 def code_hash(
@@ -310,14 +329,22 @@ def _clean_cell(cell: dict, clean: Callable[[str], str]):
     cell['outputs'] = [{k: _map_texts(v, clean) if k in _SHOWN else v for k, v in o.items()} for o in outputs]
     if 'injected-parameters' in cell['metadata'].get('tags', []): cell['source'] = _map_texts(cell['source'], clean)
 
+def _is_between(nb: dict) -> bool:
+    "Has papermill ended one cell and not yet begun another with code? It writes then, too"
+    def of(x): return x['metadata'].get('papermill', {})
+    stages = {of(c).get('status') for c in nb['cells'] if c['cell_type'] == 'code'}
+    return 'completed' in stages and not {'running', 'failed'} & stages and not of(nb).get('end_time')
+
 class _ScrubbedFiles:
     "What papermill reads and writes notebooks with"
-    def __init__(self, secrets: list[str], folder: Path): self.secrets, self.folder = secrets, folder
+    def __init__(self, secrets: list[str], folder: Path):
+        self.secrets, self.folder, self.places = secrets, folder, places(folder)
     def pretty_path(self, path): return path
     def read(self, path): return Path(path).read_text('utf-8')
     def write(self, text, path):
-        nb, found = json.loads(text), places(self.folder)
-        def clean(text): return portable(scrub(text, self.secrets), found)
+        nb = json.loads(text)
+        if _is_between(nb): return   # the next one is written in a moment, with all there is now
+        def clean(text): return portable(scrub(text, self.secrets), self.places)
         for cell in nb['cells']:
             if cell['cell_type'] == 'code': _clean_cell(cell, clean)
         nb['metadata'].pop('widgets', None)
@@ -476,6 +503,19 @@ def _log_bars():
             logging.getLogger('corrnb').info('%s %d of %d', what, self.n, self.total)
     tqdm.auto.tqdm = LoggedBar
 
+def begin_process(
+    room: str = ''   # that the notebooks will import, with all that it imports
+):
+    "Runs in a kernel when it starts, while the process that started it does something else"
+    if _at_start: return
+    _at_start.update(environ=dict(os.environ), folder=os.getcwd(), path=[*sys.path])
+    _log_bars()    # before any module takes the other ones
+    gc.disable()   # thousands of modules are made, and none is garbage
+    with suppress(Exception):   # the notebook that imports it says what is wrong
+        if room: import_module(f'corrnb.{room}')
+    gc.freeze()
+    gc.enable()
+
 def begin_notebook(
     folder: str   # with the log
 ):
@@ -485,38 +525,44 @@ def begin_notebook(
     log = logging.getLogger('corrnb')
     log.handlers, log.propagate = [handler], False
     log.setLevel('INFO')
-    if not _at_start:
-        _log_bars()   # before any module takes the other ones
-        return _at_start.update(environ=dict(os.environ), folder=os.getcwd(), path=[*sys.path])
+    begin_process()   # if it could not be asked before
     get_ipython().reset()
     _put_back()
     _free_memory()
 
 
 # %% ../nbs/36_notebooks.ipynb #kern0004
+def _imported(stage: Stage) -> str:
+    "The room that takes long to import, if a notebook imports it"
+    return 'stages' if 'from corrnb.stages import' in stage.path.read_text('utf-8') else ''
+
 class Kernel:
     "A process that executes notebooks, for one or one after the other; it ends with the block, or with this process"
     def __init__(
         self, keep: bool = False   # use a process for more than one notebook?
     ):
-        self.keep, self.used = keep, False
+        self.keep, self.used, self.waited = keep, False, 0.   # seconds, for the last notebook
         self.manager: _ThisPython|None = None
+        self.first: AsyncKernelClient|None = None   # that has asked a new process to begin
         self.code: dict[Path, tuple] = {}
     def __enter__(self): return self
     def __exit__(self, kind, *error): self.stop(now=kind is not None)
 
-    def start(self):
+    def start(
+        self, stage: Stage|None = None   # that it will execute: what takes long to import is imported at once
+    ):
         "Start a process, unless there is one that is alive and fresh, or may be kept and runs the present code"
         if not (self._is_alive() and (self.keep or not self.used) and self.code == _code_files()): self.stop()
-        if self.manager is None: self.manager = self._started()
+        if self.manager is None: self.manager = self._started(_imported(stage) if stage else '')
 
     def next(
         self, folder: Path    # with the log
     ) -> AsyncKernelManager|None:
         "The manager of a process for the next notebook, which knows nothing of the last"
         self.start()
-        self.used = True
+        self.used, start = True, time.perf_counter()
         self._run(f'from corrnb.notebooks import begin_notebook\nbegin_notebook({str(folder)!r})')
+        self.waited = time.perf_counter() - start
         return self.manager
 
     def stop(
@@ -525,28 +571,38 @@ class Kernel:
         "End the process"
         manager, self.manager = self.manager, None
         if manager is None: return
-        if client := getattr(manager, 'last_client', None): client.stop_channels()
+        manager.last_client.stop_channels()
+        now = now or not self.used   # it may not listen yet
         if run_sync(manager.is_alive)(): run_sync(manager.shutdown_kernel)(now=now)
         run_sync(manager.cleanup_resources)()
         manager.remove_sockets()
 
     def _is_alive(self) -> bool: return self.manager is not None and run_sync(self.manager.is_alive)()
 
-    def _started(self) -> _ThisPython:
+    def _started(self, room: str) -> _ThisPython:
         manager, self.code, self.used = _ThisPython(kernel_name='python3'), _code_files(), False
         options = ['--log-level=CRITICAL', '--HistoryManager.hist_file=:memory:']
-        environ = dict(os.environ, CORRNB_KEEP_WEIGHTS='1') if self.keep else dict(os.environ)
+        environ = dict(OMP_WAIT_POLICY='PASSIVE') | os.environ | (dict(CORRNB_KEEP_WEIGHTS='1') if self.keep else {})
         run_sync(manager.start_kernel)(extra_arguments=options, env=environ)
+        run_sync(self._send)(manager, f'from corrnb.notebooks import begin_process\nbegin_process({room!r})')
         return manager
+
+    async def _send(self, manager: _ThisPython, code: str):
+        "Let a process that is starting run code, and do not wait for it"
+        self.first = manager.client()
+        self.first.start_channels()
+        self.first.execute(code, silent=True)
 
     def _run(self, code: str): run_sync(self._execute)(code)
 
     async def _execute(self, code: str):
         "Run code that is no cell of a notebook"
-        if client := getattr(self.manager, 'last_client', None): client.stop_channels()   # of the notebook before
-        client = self.manager.client()
-        client.start_channels()
-        await client.wait_for_ready(timeout=60)
+        client, self.first = self.first, None
+        if client is None:
+            self.manager.last_client.stop_channels()   # of the notebook before
+            client = self.manager.client()
+            client.start_channels()
+        await client.wait_for_ready(timeout=600)   # it may be importing, from a slow disk
         reply = await client.execute_interactive(code, silent=True)
         client.stop_channels()
         if reply['content']['status'] != 'ok': raise PipelineError('\n'.join(reply['content']['traceback']))
@@ -610,9 +666,11 @@ def _clean_tracked(folder: Path):
     try: clean_database(folder/TRACKED, places(folder))
     except sqlite3.Error as e: write_log(folder, f'{TRACKED} may hold places of this machine: {e}')
 
+
+
 def _execute(stage: Stage, config: RunConfig, folder: Path, verbose: bool, kernel: Kernel, secrets: list[str]):
     "Let papermill execute a notebook"
-    kernel.start()
+    kernel.start(stage)
     import papermill  # while the process starts
     from papermill.iorw import papermill_io
     papermill_io.register(f'{folder}{os.sep}', _ScrubbedFiles(secrets, folder))

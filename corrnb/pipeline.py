@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib import metadata
@@ -226,15 +226,16 @@ def _finish(
     parts: dict,   # what went into it
     config: RunConfig,
     folder: Path,
-    seconds: float
+    seconds: float,
+    waited: float  # of these, until the process had imported what it needs
 ) -> dict:
     "Write the marker of a finished stage; the marker"
     data = _digest(folder/'pairs.parquet')
     if stage.name == 'index': data = content_hash(data, _digest(folder/'index'))
     parameters = relative_paths({n: getattr(config, n) for n in stage.parameters}, folder)
     finished = datetime.now(timezone.utc).isoformat(timespec='seconds')
-    marker = dict(key=content_hash(*parts.values()), data=data,
-                  parameters=parameters, parts=parts, seconds=round(seconds, 2), finished=finished)
+    times = dict(seconds=round(seconds, 2), waited=round(waited, 2), finished=finished)
+    marker = dict(key=content_hash(*parts.values()), data=data, parameters=parameters, parts=parts) | times
     atomic_write(folder/'stages'/f'{stage.name}.json', json.dumps(marker, indent=1) + '\n')
     return marker
 
@@ -257,13 +258,16 @@ def run_stage(
     if not same: forget(folder, STAGES[-1:] if recoded else STAGES[i:])   # else it stays until there is better
     view.begin(stage.name)
     write_log(folder, f'{stage.name} begins')
-    parts, start = stage_parts(stage, inputs, folder), time.perf_counter()
+    start = time.perf_counter()
+    with suppress(OSError):    # it imports while the code is hashed; what fails fails again below, with an explanation
+        if kernel: kernel.start(stage)
+    parts = stage_parts(stage, inputs, folder)
     try: execute_stage(stage, inputs.config, folder, verbose, kernel)
     except PipelineError as e:
         view.end(stage.name, time.perf_counter()-start, failed=True)
         write_log(folder, str(e))
         raise
-    marker = _finish(stage, parts, inputs.config, folder, time.perf_counter()-start)
+    marker = _finish(stage, parts, inputs.config, folder, time.perf_counter()-start, kernel.waited if kernel else 0)
     if (same or recoded) and marker['data'] != done['data']: forget(folder, STAGES[i+1:])
     view.end(stage.name, marker['seconds'])
     write_log(folder, f"{stage.name} has finished after {marker['seconds']:.1f} s")
@@ -291,8 +295,9 @@ def run_summary(
     folder: Path    # run folder
 ) -> list[str]:     # at most ten
     "Lines that say what a run has found, how long it took, and what to type next"
-    seconds = {name: m['seconds'] for name in STAGES if (m := read_marker(folder, name))}
-    report, imports = folder/REPORTS['evaluate'], [import_seconds(folder/f'{name}.ipynb') for name in seconds]
+    markers = {name: m for name in STAGES if (m := read_marker(folder, name))}
+    seconds, report = {name: m['seconds'] for name, m in markers.items()}, folder/REPORTS['evaluate']
+    imports = [m.get('waited', 0) + import_seconds(folder/f'{name}.ipynb') for name, m in markers.items()]
     metrics = _read_json(folder/'metrics.json') if 'evaluate' in seconds else None
     page = as_typed(report) if metrics and report.exists() else None
     return summary_lines(metrics, as_typed(folder), time_taken(seconds, sum(imports)), page, _command())
@@ -402,12 +407,12 @@ def evaluate_run(
     if other := [n for n in overrides or {} if n not in stage.parameters]:
         raise ParameterError(f'{other[0]} is no parameter of {stage.name}: {", ".join(stage.parameters)}')
     warn_of_weak_secrets()
-    with run_folder(find_run(model, runs_dir)) as folder:
+    with run_folder(find_run(model, runs_dir)) as folder, Kernel() as kernel:
         _check_pairs(folder)
         saved = read_params(folder)
         config = replace(saved.config, **{n: getattr(given, n) for n in overrides or {}})
         with stage_view(folder, STAGES[-1:], verbose) as view:
-            run_stage(stage, replace(saved, config=config), folder, force=True, verbose=verbose, view=view)
+            run_stage(stage, replace(saved, config=config), folder, True, verbose, kernel, view=view)
         print_summary(folder)
     return folder
 

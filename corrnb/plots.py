@@ -5,16 +5,20 @@
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'LINES', 'PARTS', 'SHOWN', 'HEADINGS', 'plot_predictions', 'plot_intervals', 'plot_distance',
            'plot_losses', 'plot_calibration', 'example_rows', 'plot_examples', 'plot_targets', 'plot_result',
-           'plot_known', 'plot_evaluated', 'heading', 'Table', 'intervals_table']
+           'plot_known', 'plot_evaluated', 'save_figure', 'heading', 'Table', 'intervals_table']
 
 # %% ../nbs/34_plots.ipynb #c9e05452
 import html
+import io
 import re
+from pathlib import Path
 from textwrap import shorten
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from IPython.display import Image
+from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from corrnb.evaluation import (
@@ -27,6 +31,7 @@ from corrnb.evaluation import (
     check_numbers,
     distribution_metrics,
 )
+from .files import atomic_write
 from .parameters import PARAMETERS
 from .summary import method_name
 
@@ -290,6 +295,17 @@ def plot_evaluated(
     known = {name.removesuffix(' of the simulation'): y for name, y in _known(e, places).items()}
     shown = [near[i] for i in places]
     return plot_examples(e.rows.iloc[places], e.distributions['model'][places], e.values, shown, known)
+
+# %% ../nbs/34_plots.ipynb #savefig02
+def save_figure(
+    figure: Figure,  # is closed
+    path: Path       # .png file to write
+) -> Image:          # what to show
+    "Draw a figure once, for a file and for the notebook"
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='png', dpi=200, bbox_inches='tight')
+    plt.close(figure)
+    return Image(atomic_write(path, buffer.getvalue()).read_bytes(), retina=True)
 
 # %% ../nbs/34_plots.ipynb #tables01
 _SHARES = ('accuracy_within', 'sign_accuracy', 'coverage', 'label_coverage', 'on_grid_mass')   # how their keys begin
