@@ -125,16 +125,12 @@ def known_of(
 EDGES = torch.tensor([-3.7, *torch.arctanh((GRID.double()[1:] + GRID.double()[:-1])/2), 3.7])   # of the cells, in z
 
 def widened(
-    log_probs: torch.Tensor,   # (n, 201)
-    factor: torch.Tensor       # (n,) of the distance of each value from the mean, in Fisher z
+    log_probs: torch.Tensor,   # (n, 201), normalized
+    factor: torch.Tensor       # (n,) of the standard deviation in Fisher z
 ) -> torch.Tensor:             # (n, 201), normalized
-    "Distributions of the same form, and nearly the same mean, with another spread"
-    p, edges, factor = log_probs.softmax(-1), EDGES.to(log_probs.dtype), factor.to(log_probs.dtype)
-    mean, cdf = moments(p)[0][:, None], torch.cat([torch.zeros_like(p[:, :1]), p.cumsum(-1)], -1)
-    at = (mean + (edges[1:-1] - mean)/factor[:, None]).clamp(edges[0], edges[-1])
-    i = torch.searchsorted(edges, at.detach()).sub_(1).clamp_(0)   # the cell that holds it
-    inner = cdf.gather(1, i) + (p/edges.diff()).gather(1, i)*(at - edges[i])
-    return torch.cat([cdf[:, :1], inner, cdf[:, -1:]], -1).diff(dim=-1).clamp_min(1e-12).log()
+    "Each density of Fisher z to the power of 1/factor**2: of a Gaussian the mean stays, the spread grows by the factor"
+    power = (factor**-2).to(log_probs.dtype)[:, None]
+    return (power*log_probs + (1 - power)*EDGES.diff().log().to(log_probs.dtype)).log_softmax(-1)
 
 START = dict(drift=(log(.3), 1.5), drift_shared=(0., 2.), ageing=(.2, .1), quotes=(log(.2), .7),
              nested=(log(.7), .3), exclusive=(log(.5), .3))   # mean and standard deviation of each number's prior
@@ -178,10 +174,8 @@ class PastUpdate:
         for part, log_probs in _parts(rows, forecasts.log_probs):
             known = known_of(part)
             after_quotes, after_all = self.steps(log_probs, known)
-            quoted = known.quoted[:, None]
-            some = quoted | ~known.past.isnan()[:, None]   # the others stay exactly as they were
-            done.append([torch.where(quoted, after_quotes.float(), log_probs),
-                         torch.where(some, after_all.float(), log_probs)])
+            after_quotes = torch.where(known.quoted[:, None], after_quotes, log_probs)   # the others stay as they were
+            done.append([after_quotes, torch.where(known.past.isnan()[:, None], after_quotes, after_all)])
         return [AnswerDistribution(forecasts.values, torch.cat(step)) for step in zip(*done)]
 
 def update_steps(numbers: dict, log_probs: torch.Tensor, known: Known) -> list[torch.Tensor]:

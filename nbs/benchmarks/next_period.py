@@ -2,8 +2,8 @@
 
     CORRNB_DATA_DIR=... python next_period.py RESULTS [NAME ...]
 
-Each NAME (those of `NAMES`) takes a minute or two and writes RESULTS/NAME.parquet: held-out rows with what was known of
-them, their label, and what every method says. What is there is not run again.
+Each NAME (those of `NAMES`) takes some minutes, `market` half an hour, and writes RESULTS/NAME.parquet: held-out rows
+with what was known of them, their label, and what every method says. What is there is not run again.
 """
 import os
 import sys
@@ -26,7 +26,7 @@ from corrnb.files import atomic_write
 from corrnb.labels import LabelRules, pair_correlations, pair_ends
 from corrnb.models import load_model, load_tokenizer
 from corrnb.parameters import RunConfig
-from corrnb.past import PastUpdate, fit_past
+from corrnb.past import SPREAD, PastUpdate, fit_past
 from corrnb.prices import price_series
 from corrnb.rag import PairRetriever
 from corrnb.splits import contract_groups, contract_kfold
@@ -37,6 +37,7 @@ RULES = dict(events=LabelRules(None, min_changes=20, min_moves=5, min_joint_move
              futures=LabelRules(None, last=1500), rolling=LabelRules(None, last=500))
 DATES = [f'{year}-01-01' for year in range(2005, 2016)]
 LENGTHS = (20, 40, 80, 120, 160, 200)   # days of the past in the simulated market
+MARKETS = 10
 
 
 def shared_pairs(kind: str) -> pd.DataFrame:
@@ -81,8 +82,9 @@ def stacked(known: pd.DataFrame, rows: pd.DataFrame, embeds: tuple) -> tuple:
 def informed(update: PastUpdate, before: AnswerDistribution, rows: pd.DataFrame) -> pd.DataFrame:
     "Rows with means and 90 % intervals without and with what is known, and the numbers of the update"
     quoted, after = update.explained(before, rows)
-    found = {}
-    for name, d in dict(forecast=before, quotes=quoted, with_past=after).items(): found |= described(name, d, rows)
+    narrow = replace(update, **dict.fromkeys(SPREAD, 0.))(before, rows)   # the spread as it was fitted with the mean
+    found, methods = {}, dict(forecast=before, quotes=quoted, with_past=after, narrow=narrow)
+    for name, d in methods.items(): found |= described(name, d, rows)
     return rows.assign(**found, **{f'update_{name}': x for name, x in asdict(update).items()})
 
 def one_fold(known: pd.DataFrame, rows: pd.DataFrame, embeds: tuple) -> pd.DataFrame:
@@ -158,8 +160,12 @@ def ledoit_wolf(rows: pd.DataFrame, date: str, days: int=500) -> np.ndarray:   #
     return np.array([found.at[a, b] if {a, b} <= {*found} else np.nan for a, b in ends])
 
 def market(results: Path) -> pd.DataFrame:
-    "The simulated market, correlations constant: labels from one draw of prices, pasts of several lengths from another"
-    rows, before = simulate_market(0).pairs.reset_index(drop=True), simulate_market(1).prices
+    "Several simulated markets"
+    return pd.concat([one_market(i, results).assign(market=i) for i in range(MARKETS)], ignore_index=True)
+
+def one_market(number: int, results: Path) -> pd.DataFrame:
+    "Correlations are constant: labels from one draw of prices, pasts of several lengths from another one"
+    rows, before = simulate_market(2*number).pairs.reset_index(drop=True), simulate_market(2*number + 1).prices
     embeds, pasts, done = retriever(rows, results), {n: market_past(before, rows, n) for n in LENGTHS}, []
     for fold in contract_kfold(rows, FOLDS):
         of_test = (fold.split == 'test').to_numpy()

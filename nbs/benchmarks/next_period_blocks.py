@@ -43,10 +43,13 @@ def market(n: int, days: int) -> tuple[PriceSeries, pd.DataFrame, np.ndarray]:
     titles = [f'Contract {i} of sector {i % SECTORS}' for i in range(n)]
     return price_series(prices), pd.DataFrame(dict(contract_id=ids, title=titles)), loadings
 
+FORECASTS = cells(GRID, torch.tensor([.05, .35]), [.05, .15])   # of different sectors, and of one
+
 def of_texts(block: pd.DataFrame) -> AnswerDistribution:
     "The forecasts of a block before prices are known"
-    a, b = (block[f'contract_{side}_id'].cat.codes.to_numpy() % SECTORS for side in 'ab')
-    return cells(GRID, torch.tensor([.05, .35]), [.05, .15])[(a == b).astype(int)]
+    return FORECASTS[same_sector(*(block[f'contract_{side}_id'].cat.codes.to_numpy() for side in 'ab'))]
+
+def same_sector(a: np.ndarray, b: np.ndarray) -> np.ndarray: return (a % SECTORS == b % SECTORS).astype(int)
 
 def kept(block: pd.DataFrame, after: AnswerDistribution) -> dict[str, np.ndarray]:
     "The columns that are written"
@@ -55,9 +58,10 @@ def kept(block: pd.DataFrame, after: AnswerDistribution) -> dict[str, np.ndarray
     numbers = dict(past=block.past_correlation, mean=after.mean, lower_90=low, upper_90=high)
     return places | {name: np.asarray(x, 'float32') for name, x in numbers.items()}
 
-def squares(found: dict, loadings: np.ndarray, forecast: np.ndarray) -> np.ndarray:   # (4,)
+def squares(found: dict, loadings: np.ndarray) -> np.ndarray:   # (4,)
     "Sums of squared errors of past, forecast and both, and how many intervals hold the truth"
     truth = np.einsum('ij,ij->i', loadings[found['a']], loadings[found['b']])
+    forecast = FORECASTS.mean.numpy()[same_sector(found['a'], found['b'])]
     errors = [((x - truth)**2).sum() for x in (found['past'], forecast, found['mean'])]
     inside = (truth >= found['lower_90'] - .005) & (truth <= found['upper_90'] + .005)
     return np.array([*errors, inside.sum()])
@@ -71,7 +75,7 @@ def run(n: int, days: int, folder: Path, size: int = 50_000) -> dict:
     clock = time.perf_counter()
     for block, after in past_blocks(series, contracts, of_texts, UPDATE, size=size):
         found = kept(block, after)
-        total, pairs = total + squares(found, loadings, of_texts(block).mean.numpy()), pairs + len(block)
+        total, pairs = total + squares(found, loadings), pairs + len(block)
         table = pa.table(found)
         writer = writer or pq.ParquetWriter(folder/'pairs.parquet', table.schema)
         writer.write_table(table)
