@@ -171,9 +171,8 @@ def one_market(number: int, results: Path) -> pd.DataFrame:
         of_test = (fold.split == 'test').to_numpy()
         known, test = rows[~of_test].reset_index(drop=True), rows[of_test].assign(novelty=fold.novelty)
         forecast, (asked, of_asked, weight) = stacked(known, test.reset_index(drop=True), embeds)
-        mine = pd.concat([asked.join(p[~of_test].reset_index(drop=True)) for p in pasts.values()])
-        often = AnswerDistribution(of_asked.values, of_asked.log_probs.repeat(len(pasts), 1))
-        update = fit_past(mine, often, TARGET, np.tile(weight, len(pasts)))
+        in_turn = [past[~of_test].reset_index(drop=True).iloc[i::len(pasts)] for i, past in enumerate(pasts.values())]
+        update = fit_past(asked.join(pd.concat(in_turn)), of_asked, TARGET, weight)   # a past of one length each
         for length, past in pasts.items():
             done.append(informed(update, forecast, test.join(past).assign(days=length)))
     return pd.concat(done, ignore_index=True)

@@ -2,7 +2,7 @@
 
     python next_period_blocks.py FOLDER [-n 10000] [--days 150]
 
-Writes FOLDER/pairs.parquet (places of both contracts, past correlation, mean and 90 % interval of the combination) and
+Writes FOLDER/pairs.parquet (places of both contracts, past correlation, mean and standard deviation after it) and
 FOLDER/facts.json: time, memory and errors. One thread. Prices are drawn from two factors a sector, so that the true
 correlations are known. The forecast stands for that of a stack: one distribution for pairs of one sector, and another
 one for the rest.
@@ -53,25 +53,22 @@ def same_sector(a: np.ndarray, b: np.ndarray) -> np.ndarray: return (a % SECTORS
 
 def kept(block: pd.DataFrame, after: AnswerDistribution) -> dict[str, np.ndarray]:
     "The columns that are written"
-    low, high = after.interval(.9)
     places = {side: block[f'contract_{side}_id'].cat.codes.to_numpy('int32') for side in 'ab'}
-    numbers = dict(past=block.past_correlation, mean=after.mean, lower_90=low, upper_90=high)
+    numbers = dict(past=block.past_correlation, mean=after.mean, sd=after.std)
     return places | {name: np.asarray(x, 'float32') for name, x in numbers.items()}
 
-def squares(found: dict, loadings: np.ndarray) -> np.ndarray:   # (4,)
-    "Sums of squared errors of past, forecast and both, and how many intervals hold the truth"
+def squares(found: dict, loadings: np.ndarray) -> np.ndarray:   # (3,)
+    "Sums of squared errors of past, forecast and both"
     truth = np.einsum('ij,ij->i', loadings[found['a']], loadings[found['b']])
     forecast = FORECASTS.mean.numpy()[same_sector(found['a'], found['b'])]
-    errors = [((x - truth)**2).sum() for x in (found['past'], forecast, found['mean'])]
-    inside = (truth >= found['lower_90'] - .005) & (truth <= found['upper_90'] + .005)
-    return np.array([*errors, inside.sum()])
+    return np.array([((x - truth)**2).sum() for x in (found['past'], forecast, found['mean'])])
 
 def run(n: int, days: int, folder: Path, size: int = 50_000) -> dict:
     "Write all pairs of n contracts; what that took"
     folder.mkdir(parents=True, exist_ok=True)
     series, contracts, loadings = market(n, days)
     next(past_blocks(series, contracts, of_texts, UPDATE, size=10))      # compile
-    before, start, total, pairs, writer = of_memory(), time.process_time(), np.zeros(4), 0, None
+    before, start, total, pairs, writer = of_memory(), time.process_time(), np.zeros(3), 0, None
     clock = time.perf_counter()
     for block, after in past_blocks(series, contracts, of_texts, UPDATE, size=size):
         found = kept(block, after)
@@ -80,10 +77,10 @@ def run(n: int, days: int, folder: Path, size: int = 50_000) -> dict:
         writer = writer or pq.ParquetWriter(folder/'pairs.parquet', table.schema)
         writer.write_table(table)
     writer.close()
-    rmse = dict(zip(('past', 'forecast', 'both'), np.sqrt(total[:3]/pairs).tolist()))
+    rmse = dict(zip(('past', 'forecast', 'both'), np.sqrt(total/pairs).tolist()))
     return dict(contracts=n, days=days, pairs=pairs, cpu_seconds=time.process_time() - start,
                 wall_seconds=time.perf_counter() - clock, gb_before=before, gb_most=of_memory(),
-                bytes=(folder/'pairs.parquet').stat().st_size, rmse=rmse, inside_90=total[3]/pairs)
+                bytes=(folder/'pairs.parquet').stat().st_size, rmse=rmse)
 
 def of_memory() -> float:
     "Most memory so far, in GB"
