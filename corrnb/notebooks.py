@@ -147,10 +147,6 @@ def _plain(source: str) -> tuple[ast.Module, str]:
         if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant): body[:] = body[1:] or [ast.Pass()]
     return tree, ast.unparse(tree)
 
-
-
-
-
 def _imports(tree: ast.AST) -> list[tuple[str, str, str]]:
     "(room, name, as what) of what is imported from the library"
     nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module]
@@ -582,7 +578,7 @@ class Kernel:
     def _started(self, room: str) -> _ThisPython:
         manager, self.code, self.used = _ThisPython(kernel_name='python3'), _code_files(), False
         options = ['--log-level=CRITICAL', '--HistoryManager.hist_file=:memory:']
-        environ = dict(OMP_WAIT_POLICY='PASSIVE') | os.environ | (dict(CORRNB_KEEP_WEIGHTS='1') if self.keep else {})
+        environ = dict(GOMP_SPINCOUNT='10000') | os.environ | (dict(CORRNB_KEEP_WEIGHTS='1') if self.keep else {})
         run_sync(manager.start_kernel)(extra_arguments=options, env=environ)
         run_sync(self._send)(manager, f'from corrnb.notebooks import begin_process\nbegin_process({room!r})')
         return manager
@@ -665,8 +661,6 @@ def _clean_tracked(folder: Path):
     if not (folder/TRACKED).exists(): return
     try: clean_database(folder/TRACKED, places(folder))
     except sqlite3.Error as e: write_log(folder, f'{TRACKED} may hold places of this machine: {e}')
-
-
 
 def _execute(stage: Stage, config: RunConfig, folder: Path, verbose: bool, kernel: Kernel, secrets: list[str]):
     "Let papermill execute a notebook"

@@ -97,7 +97,8 @@ def forecasts(
         found = [p.distribution for p in predictor.predict_many(pairs, progress)]
         return AnswerDistribution(found[0].values, torch.stack([d.log_probs for d in found]))
     mean, variance = gp_of(predictor).moments(pairs)
-    dist, _ = predictor.after_past(cells(GRID, mean, np.sqrt(variance)), pairs)
+    dist = predictor.members.damped(pairs, dict(gp=cells(GRID, mean, np.sqrt(variance))))['gp']
+    dist, _ = predictor.after_past(dist, pairs)
     return restrict(dist, *pair_bounds(pairs, predictor.bounded))
 
 # %% ../nbs/39_related.ipynb #de93e130

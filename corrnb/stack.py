@@ -142,15 +142,19 @@ class Members:
         found = dict(gp=self.gp.distribution(rows)) if 'gp' in which else {}
         if 'neighbours' in which:
             found['neighbours'] = neighbours_forecast(*self.retriever.known(rows, SIMILAR), self.settings)
-        return self._damped(rows, found)
+        return self.damped(rows, found)
 
     def out_of_fold(self, rows: pd.DataFrame, held: Holdouts) -> dict[str, AnswerDistribution]:
         "Of the rows asked in `held`, without what is hidden; `rows`: those that the members know"
         gp, asked = self.gp.leave_out(held.row, held.hidden), rows.iloc[held.row]
         near = self.retriever.known(asked, SIMILAR, held.hidden)
-        return self._damped(asked, dict(gp=gp, neighbours=neighbours_forecast(*near, self.settings)))
+        return self.damped(asked, dict(gp=gp, neighbours=neighbours_forecast(*near, self.settings)))
 
-    def _damped(self, rows, forecasts) -> dict[str, AnswerDistribution]:
+    def damped(
+        self, rows: pd.DataFrame,
+        forecasts: dict[str, AnswerDistribution]   # of these rows, by member
+    ) -> dict[str, AnswerDistribution]:
+        "With a smaller mean where titles differ, see `fit_slopes`"
         if not self.slopes or not len(rows): return forecasts
         differ = self.gp.views.alike(rows) < self.alike
         return {n: damp(f, np.where(differ, self.slopes.get(n, 1.), 1.)) for n, f in forecasts.items()}
@@ -178,7 +182,7 @@ def fit_members(
     bound = float(np.quantile(alike, DIFFER))
     slopes = fit_slopes(found, y, held.weight*(alike[held.row] < bound), contract_groups(asked))
     members = Members(gp, retriever, settings, slopes, bound)
-    return members, OutOfFold(members._damped(asked, found), y, held.weight, held.row)
+    return members, OutOfFold(members.damped(asked, found), y, held.weight, held.row)
 
 # %% ../nbs/25_stack.ipynb #8088eea3
 SHRINKAGE = 0.1  # of the weights: a member alone has to be this much, times its squared distance, better in CRPS
