@@ -230,7 +230,7 @@ def distinct_rows(
     columns: pd.DataFrame|dict  # of n rows; missing values are equal
 ) -> tuple[np.ndarray, np.ndarray]:  # positions of the first of each, in order; (n,) number of each row among these
     "Which rows are there, column by column: a million rows take a second"
-    codes = 0
+    codes = np.zeros(1, int)
     for name in columns:
         of_column, _ = pd.factorize(columns[name])
         codes, _ = pd.factorize(codes*(of_column.max(initial=0) + 2) + of_column + 1)
