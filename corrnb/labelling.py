@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'SAME_TITLE', 'OTHER_SIDE', 'WINDOW', 'QUOTED', 'PART', 'label_rows', 'write_labels', 'Market',
-           'read_market', 'Labelled', 'label_market', 'rows_file', 'make_labels', 'pairs_from_prices', 'known_pairs',
-           'ask_pairs']
+           'read_market', 'Labelled', 'label_market', 'rows_file', 'make_labels', 'with_covariances',
+           'pairs_from_prices', 'known_pairs', 'ask_pairs']
 
 # %% ../nbs/09_labelling.ipynb #9126db84
 import difflib
@@ -22,7 +22,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .as_of import PAST, AsOf, asked_at, known_at
+from .as_of import COVARIANCES, MIDDLE, PAST, AsOf, asked_at, covariance_correlations, known_at
 from .contracts import read_contracts
 from .data import NAME, TITLES, PairError, check_table, map_unique, read_file, text_key
 from .files import atomic_file
@@ -347,6 +347,16 @@ def make_labels(
     print(f"\n{done.rows:,} labelled pairs in {out or 'contract_correlations'}{said}")
     return done.rows
 
+def with_covariances(
+    rows: pd.DataFrame,     # with contract_a_id, contract_b_id and as_of
+    series: PriceSeries,
+    asked: Sequence[AsOf]   # times of asking
+) -> pd.DataFrame:
+    "Rows with `COVARIANCES`, over the median past, where they are asked about at dates, not in the middle of each"
+    if not asked or any(a.when == MIDDLE for a in asked): return rows
+    return rows.join(pd.concat([covariance_correlations(series, part, at, int(part['past_n_changes'].median()))
+                                for at, part in rows.groupby('as_of')]))
+
 def pairs_from_prices(
     prices: str,                 # as of `read_prices`
     contracts: str|None = None,  # as of `read_contracts`
@@ -360,7 +370,7 @@ def pairs_from_prices(
         if ' --' not in str(e): raise
         raise PairError([f'{e}; `corrnb label` has this option, and its pairs can be run with --pairs']) from e
     label_market(market, None, rules, lambda rows, labels: blocks.append(rows), asked)
-    return pd.concat(blocks, ignore_index=True)
+    return with_covariances(pd.concat(blocks, ignore_index=True), market.series, asked)
 
 # %% ../nbs/09_labelling.ipynb #asof0102
 def _find_titles(titles: list[str], contracts: pd.DataFrame) -> list[str]:
@@ -416,4 +426,4 @@ def ask_pairs(
         found.append(rest.assign(id=_ids_at(rest['id'], measured['as_of'])).join(measured))
     rows = pd.concat(found, ignore_index=True)
     print(f'{len(rows):,} of {len(pairs) * len(asked):,} rows have a label behind the time of asking')
-    return rows
+    return with_covariances(rows, series, asked)

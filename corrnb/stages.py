@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from .answers import AnswerDistribution, AnswerGrid
-from .as_of import asked_at, check_known
+from .as_of import COVARIANCES, asked_at, check_known
 from .baselines import baseline_predictions, training_distribution
 from .batches import TrainingRows
 from .comparisons import COMPARISONS, chosen_comparisons, train_comparison
@@ -408,7 +408,8 @@ def _next_period(config, f: Forecasts) -> pd.DataFrame|None:
     rows = f.rows[of_test]
     if 'without_past' not in f.distributions or not rows.get('past_correlation', pd.Series()).notna().any(): return None
     slope = past_slope(pd.concat([f.train, f.val]), config.target)
-    methods = {name: f.distributions[name][torch.tensor(of_test)] for name in ('without_past', 'model')}
+    methods = {name.removeprefix('past_'): rows[name] for name in COVARIANCES if name in rows}
+    methods |= {name: f.distributions[name][torch.tensor(of_test)] for name in ('without_past', 'model')}
     a, b = contract_groups(rows).T
     weights = np.concatenate([*node_weights(a, b, n_boot=1000)])
     return next_period_table(rows, dict(shrunk=slope*rows.past_correlation) | methods, config.target, weights)

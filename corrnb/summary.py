@@ -15,7 +15,8 @@ NAMES = {'model': 'corrnb', 'language_model': 'language model', 'neighbours': 's
          'equal_average': 'equal-weight average', 'untuned_model': 'language model, untuned',
          'untuned_stack': 'corrnb, untuned', 'linear_head': 'linear head', 'cross_entropy': 'cross-entropy alone',
          'predict_zero': 'predict 0', 'train_mean': 'training mean', 'keyword_retrieval': 'keyword retrieval',
-         'tfidf_ridge': 'TF-IDF ridge', 'knn': 'mean of the nearest pairs', 'vector_ridge': 'ridge on pair vectors'}
+         'tfidf_ridge': 'TF-IDF ridge', 'knn': 'mean of the nearest pairs', 'vector_ridge': 'ridge on pair vectors',
+         'ledoit_wolf': 'Ledoit-Wolf'}
 
 def method_name(
     method: str   # as in tables and files

@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.covariance import LedoitWolf
 
 from corrnb.answers import AnswerDistribution
-from corrnb.as_of import AsOf, correlations_as_of, known_at
+from corrnb.as_of import AsOf, correlations_as_of, covariance_correlations, known_at
 from corrnb.data import read_pairs
 from corrnb.demo import simulate_market
 from corrnb.embeddings import spread_layers
@@ -137,7 +136,8 @@ def rolling(results: Path) -> pd.DataFrame:
         if earlier:
             past, of_past = joined(earlier)
             slope = past_slope(past, TARGET)
-            rows = rows.assign(shrunk=slope*rows.past_correlation, ledoit_wolf=ledoit_wolf(rows, date))
+            covariances = covariance_correlations(price_series(prices('futures')), rows, pd.Timestamp(date, tz='UTC'))
+            rows = rows.assign(shrunk=slope*rows.past_correlation).join(covariances)
             done.append(informed(fit_past(past, of_past, TARGET), forecast, rows))
         earlier.append((rows, forecast))
     return pd.concat(done, ignore_index=True)
@@ -147,17 +147,6 @@ def joined(parts: list) -> tuple[pd.DataFrame, AnswerDistribution]:
     rows, forecasts = zip(*parts)
     log_probs = torch.cat([f.log_probs for f in forecasts])
     return pd.concat(rows, ignore_index=True), AnswerDistribution(forecasts[0].values, log_probs)
-
-def ledoit_wolf(rows: pd.DataFrame, date: str, days: int=500) -> np.ndarray:   # (n,), NaN without enough history
-    "Correlations of the shrunk covariance of the last days before a date, changes scaled to one"
-    table = prices('futures').assign(ts=lambda p: pd.to_datetime(p.ts)).pivot(index='ts', columns='contract_id',
-                                                                              values='price')
-    changes = table[table.index < date].iloc[-2*days:].dropna(axis=1, thresh=days).dropna().diff().dropna()[-days:]
-    shrunk = LedoitWolf().fit(changes/changes.std()).covariance_
-    scale = np.sqrt(np.diag(shrunk))
-    found = pd.DataFrame(shrunk/scale/scale[:, None], changes.columns, changes.columns)
-    ends = rows[['contract_a_id', 'contract_b_id']].to_numpy()
-    return np.array([found.at[a, b] if {a, b} <= {*found} else np.nan for a, b in ends])
 
 def market(results: Path) -> pd.DataFrame:
     "Several simulated markets"
