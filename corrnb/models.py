@@ -324,7 +324,8 @@ def _plain_forward(layer: BaseTunerLayer) -> Callable | None:
     if not isinstance(layer, LoraLayer) or not linear or layer.lora_variant or [*layer.lora_A] != names: return None
     base, down, up, scaling = layer.base_layer, layer.lora_A[names[0]], layer.lora_B[names[0]], layer.scaling
     def forward(x):
-        if layer.training or layer.merged_adapters or layer._disable_adapters: return type(layer).forward(layer, x)
+        other = layer.merged_adapters or layer._disable_adapters or layer.active_adapters != names
+        if layer.training or other: return type(layer).forward(layer, x)
         out = base(x)
         return torch.add(out, up(down(x.to(down.weight.dtype))), alpha=scaling[names[0]]).to(out.dtype)
     return forward

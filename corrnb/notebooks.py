@@ -580,7 +580,11 @@ class Kernel:
         options = ['--log-level=CRITICAL', '--HistoryManager.hist_file=:memory:']
         environ = dict(GOMP_SPINCOUNT='10000') | os.environ | (dict(CORRNB_KEEP_WEIGHTS='1') if self.keep else {})
         run_sync(manager.start_kernel)(extra_arguments=options, env=environ)
-        run_sync(self._send)(manager, f'from corrnb.notebooks import begin_process\nbegin_process({room!r})')
+        try: run_sync(self._send)(manager, f'from corrnb.notebooks import begin_process\nbegin_process({room!r})')
+        except BaseException:   # nobody else knows of it yet
+            run_sync(manager.shutdown_kernel)(now=True)
+            run_sync(manager.cleanup_resources)()
+            raise
         return manager
 
     async def _send(self, manager: _ThisPython, code: str):

@@ -20,6 +20,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 
 from .answers import AnswerDistribution
 from .as_of import known_at
+from .data import PairError
 from .gp import GRID
 from .labels import LabelRules, label_blocks, pair_ends
 from .prices import PriceSeries
@@ -250,7 +251,7 @@ def fit_past(
     contracts = len({*rows.contract_a_title, *rows.contract_b_title})   # pairs that share one are not independent
     share = weight[some].double()/weight.sum()*min(rows.index.nunique(), contracts)
     known = Known(**{name: x[some] for name, x in vars(known).items()})
-    log_probs, y = forecasts.log_probs.double()[some], y[some]
+    log_probs, y = forecasts.log_probs.double().clamp_min(-80)[some], y[some]   # -inf has no gradient
     numbers = _fit_update(log_probs, known, y, share, noise)
     spread = _fit_spread(update_steps(numbers, log_probs, known)[-1], known, y, share)
     return PastUpdate(**numbers, **spread)
@@ -275,7 +276,10 @@ def past_blocks(
     rules: LabelRules = LabelRules(),
     size: int = 50_000         # pairs of a block
 ) -> Iterator[tuple[pd.DataFrame, AnswerDistribution]]:   # pairs as from `so_far`, with titles; forecasts after that
-    "All pairs of contracts with what their prices say until now, block by block"
+    "All pairs of contracts with what their prices say until now, block by block; PairError for unclear contracts"
+    wrong = [f'contract {i} is there twice' for i in contracts.contract_id[contracts.contract_id.duplicated()]]
+    wrong += [f'contract {i} has no title' for i in series.ids.difference(contracts.contract_id)]
+    if wrong: raise PairError(wrong)
     titles = contracts.set_index('contract_id').title.loc[series.ids].to_numpy()
 
     def measure(series, ends, rules): return known_at(series, ends, rules, np.full(len(ends), series.times.max()))

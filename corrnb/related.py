@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'BLOCK', 'NODES', 'WEIGHTS', 'pairs_of', 'correlation_moments', 'probability_beyond', 'gaussian_beyond',
-           'gp_of', 'moments_with', 'forecasts', 'Related', 'known_contracts', 'questions', 'related']
+           'members_of', 'moments_with', 'forecasts', 'Related', 'known_contracts', 'questions', 'related']
 
 # %% ../nbs/39_related.ipynb #26bec100
 import html
@@ -19,10 +19,11 @@ from .answers import AnswerDistribution
 from .bounds import pair_bounds, restrict
 from .contracts import PRICE_COLUMNS, check_contracts, unique_titles
 from .data import PairError, clean_text, counted, text_key
-from .gp import GRID, PairGP, cells
+from .gp import GRID, cells
 from .inference import CorrelationPredictor
 from .prompts import format_correlation
 from .relations import read_title, relations
+from .stack import Members
 
 # %% ../nbs/39_related.ipynb #dad8fd0a
 SIDE = ('title', 'event_id', 'close_date', 'complement_id', 'exclusive_outcomes', 'venue', 'category', 'description',
@@ -66,25 +67,26 @@ def gaussian_beyond(
     limit, sd = np.arctanh(min(threshold, .9999)), np.sqrt(variance)
     return ndtr((mean - limit)/sd) + ndtr((-mean - limit)/sd)
 
-def gp_of(predictor: CorrelationPredictor) -> PairGP:
-    "The Gaussian process of a predictor; `PairError` where it has none"
+def members_of(predictor: CorrelationPredictor) -> Members:
+    "The members of a predictor, a Gaussian process among them; `PairError` where it has none"
     if predictor.members is None:
         raise PairError(['this model has no Gaussian process beside it: `corrnb run` trains one'])
-    return predictor.members.gp
+    return predictor.members
 
 def moments_with(
-    gp: PairGP,
+    members: Members,
     contracts: pd.DataFrame,  # title, and what else is known
     asked: int,               # position of the contract that the others are compared with
     among: np.ndarray         # (n,) positions of these
-) -> tuple[np.ndarray, np.ndarray]:  # mean and variance of Fisher's z, (n,)
-    "Moments of one contract with others, in blocks"
-    mean, variance = np.empty((2, len(among)))
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # mean and variance of Fisher's z; slope of the process, (n,)
+    "Moments of one contract with others, in blocks, and how much of the mean is kept where titles differ"
+    mean, variance, slope = np.empty((3, len(among)))
     for start in range(0, len(among), BLOCK):
         part = among[start:start + BLOCK]
-        found = gp.moments(pairs_of(contracts, np.full(len(part), asked), part))
-        mean[start:start + BLOCK], variance[start:start + BLOCK] = found
-    return mean, variance
+        pairs, at = pairs_of(contracts, np.full(len(part), asked), part), slice(start, start + BLOCK)
+        mean[at], variance[at] = members.gp.moments(pairs)
+        slope[at] = np.where(members.alike_titles(pairs), 1, members.slopes.get('gp', 1))
+    return mean, variance, slope
 
 # %% ../nbs/39_related.ipynb #e4e55c1d
 def forecasts(
@@ -96,8 +98,9 @@ def forecasts(
     if [*predictor.weights] != ['gp'] and len(pairs):
         found = [p.distribution for p in predictor.predict_many(pairs, progress)]
         return AnswerDistribution(found[0].values, torch.stack([d.log_probs for d in found]))
-    mean, variance = gp_of(predictor).moments(pairs)
-    dist = predictor.members.damped(pairs, dict(gp=cells(GRID, mean, np.sqrt(variance))))['gp']
+    members = members_of(predictor)
+    mean, variance = members.gp.moments(pairs)
+    dist = members.damped(pairs, dict(gp=cells(GRID, mean, np.sqrt(variance))))['gp']
     dist, _ = predictor.after_past(dist, pairs)
     return restrict(dist, *pair_bounds(pairs, predictor.bounded))
 
@@ -131,8 +134,7 @@ class Related:
 
 def known_contracts(predictor: CorrelationPredictor) -> pd.DataFrame:
     "Contracts of the pairs that a predictor knows"
-    gp_of(predictor)
-    pairs = predictor.members.retriever.pairs
+    pairs = members_of(predictor).retriever.pairs
     sides = [pairs.filter(regex=f'^contract_{s}_').rename(columns=lambda c: c[len('contract_a_'):]) for s in 'ab']
     both = pd.concat(sides, ignore_index=True)
     return check_contracts(both[~both.title.map(text_key).duplicated()])
@@ -202,8 +204,8 @@ def related(
     contracts, asked = _universe(predictor, title, universe)
     among = np.flatnonzero(_candidates(contracts, asked, other_events))
     if not len(among): raise PairError(['there is no other contract to compare with'])
-    mean, variance = moments_with(gp_of(predictor), contracts, asked, among)
-    expected, _ = correlation_moments(mean, variance)
+    mean, variance, slope = moments_with(members_of(predictor), contracts, asked, among)
+    expected = slope*correlation_moments(mean, variance)[0]
     size = np.abs(expected) if by == 'correlation' else gaussian_beyond(mean, variance, threshold)
     top = _strongest(contracts.title.to_numpy()[among], expected, size, k)
     pairs = pairs_of(contracts, np.full(len(top), asked), among[top])

@@ -93,6 +93,7 @@ def shrunken_slope(
 ) -> float:  # in [0, 1]
     "Slope of the labels on the forecasts, drawn to 0 by its error (James-Stein); 1 where all forecasts are 0"
     if not (weight*x**2).sum() > 0: return 1.
+    if np.count_nonzero(weight*x) < 3: return 0.   # such a slope has no error that could be known
     slope = (weight*x*y).sum()/(weight*x**2).sum()
     codes = pd.factorize(groups.ravel())[0].reshape(-1, 2)
     touches = np.zeros((len(codes), codes.max() + 1), np.float32)
@@ -156,8 +157,12 @@ class Members:
     ) -> dict[str, AnswerDistribution]:
         "With a smaller mean where titles differ, see `fit_slopes`"
         if not self.slopes or not len(rows): return forecasts
-        differ = self.gp.views.alike(rows) < self.alike
-        return {n: damp(f, np.where(differ, self.slopes.get(n, 1.), 1.)) for n, f in forecasts.items()}
+        alike = self.alike_titles(rows)
+        return {n: damp(f, np.where(alike, 1., self.slopes.get(n, 1.))) for n, f in forecasts.items()}
+
+    def alike_titles(self, rows: pd.DataFrame) -> np.ndarray:   # (n,) true or false
+        "Are the titles so alike that a forecast stays as it is?"
+        return self.gp.views.alike(rows) >= self.alike
 
     def given(self, rows: pd.DataFrame):  # Members
         "The same members, knowing other rows"
