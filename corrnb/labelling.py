@@ -353,7 +353,7 @@ def with_covariances(
     asked: Sequence[AsOf]   # times of asking
 ) -> pd.DataFrame:
     "Rows with `COVARIANCES`, over the median past, where they are asked about at dates, not in the middle of each"
-    if not asked or any(a.when == MIDDLE for a in asked): return rows
+    if not len(rows) or not asked or any(a.when == MIDDLE for a in asked): return rows
     return rows.join(pd.concat([covariance_correlations(series, part, at, int(part['past_n_changes'].median()))
                                 for at, part in rows.groupby('as_of')]))
 
