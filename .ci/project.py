@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import SkipTest
 from unittest.mock import patch
 
+import nbformat
 import psutil
 
 root = Path(__file__).resolve().parents[1]
@@ -35,42 +36,59 @@ LIBRARIES = ('torch', 'transformers.trainer', 'transformers.models.llama.modelin
              'numba', 'sklearn.model_selection', 'sklearn.feature_extraction.text', 'scipy.stats', 'matplotlib.pyplot',
              'pandas', 'pyarrow.parquet', 'sqlalchemy', 'papermill', 'IPython', 'nbdev.test')
 
-def _test_notebook(notebook, log):
-    "In a process of its own: what `nbdev_test` does"
+def _forked(run, log, *args):
+    "In a process of its own: run a function whose output goes into a file"
     for stream in (1, 2): os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.stdout, sys.stderr = (open(stream, 'w', closefd=False, buffering=1) for stream in (1, 2))
-    from nbdev.test import nbdev_test
-    try: nbdev_test(path=notebook)
+    try: run(*args)
     finally: atexit._run_exitfuncs()   # multiprocessing leaves them out
 
-def run_notebook(notebook, log):
-    "`nbdev_test` in a fork of a process that has imported the libraries, once for all notebooks; AssertionError"
+def forked(run, log, *args):
+    "Run a function in a fork of a process that has imported the libraries, once for all; is it well?"
     server = multiprocessing.get_context('forkserver')
     server.set_forkserver_preload(LIBRARIES)
     with patch.dict(os.environ, env, clear=True), contextlib.chdir(root):
-        process = server.Process(target=_test_notebook, args=(notebook, log))
+        process = server.Process(target=_forked, args=(run, log, *args))
         process.start()
     process.join()
-    assert process.exitcode == 0, f'nbdev_test --path {notebook} failed:\n{log.read_text()}'
+    return process.exitcode == 0
 
-def start(*args, cwd=root, output=subprocess.DEVNULL):
+def _test_notebook(notebook):
+    from nbdev.test import nbdev_test
+    nbdev_test(path=notebook)
+
+def run_notebook(notebook, log):
+    "What `nbdev_test` does; AssertionError"
+    assert forked(_test_notebook, log, notebook), f'nbdev_test --path {notebook} failed:\n{log.read_text()}'
+
+def _execute(notebook, folder, parameters):
+    from execnb.nbio import read_nb
+    from execnb.shell import CaptureShell
+    from papermill.execute import parameterize_notebook
+    from papermill.iorw import load_notebook_node
+    nbformat.write(parameterize_notebook(load_notebook_node(str(notebook)), parameters), page := folder/'page.ipynb')
+    shell = CaptureShell(folder)
+    with contextlib.chdir(folder):
+        try: shell.run_all(read_nb(page), exc_stop=True)
+        except Exception: sys.exit(shell.prettytb(fname=notebook))
+
+def execute(notebook, folder, **parameters):
+    "Run a page's cells from top to bottom; AssertionError; SkipTest where it asks for what this machine lacks"
+    log = folder/'log'
+    given = {name: str(value) for name, value in parameters.items()}
+    if forked(_execute, log, root/'nbs'/notebook, folder, given): return
+    if skipped := re.search(r'SkipTest: (.*)', said := log.read_text()): raise SkipTest(skipped[1])
+    raise AssertionError(f'{notebook} failed:\n{said}')
+
+def start(*args, cwd=root, output=subprocess.DEVNULL, more_env={}):
     "Start a command"
-    return psutil.Popen([str(a) for a in args], cwd=cwd, env=env, stdout=output, stderr=subprocess.STDOUT)
+    return psutil.Popen([str(a) for a in args], cwd=cwd, env=env | more_env, stdout=output, stderr=subprocess.STDOUT)
 
 def wait_for_checkpoint(run, process):
     "Wait until a run that a process is training has a complete checkpoint"
     while not list(run.glob('checkpoints/*/complete.json')):
         assert process.poll() is None, 'the command ended without a checkpoint'
         time.sleep(0.05)
-
-def execute(notebook, folder, **parameters):
-    "Run a page's cells from top to bottom as papermill does; SkipTest where it asks for what this machine lacks"
-    given = [x for name, value in parameters.items() for x in ('-p', name, value)]
-    options = ('--cwd', folder, '--kernel', 'python3', '--no-progress-bar', *given)
-    try: call(bin/'papermill', root/'nbs'/notebook, folder/'out.ipynb', *options)
-    except AssertionError as e:
-        if skipped := re.search(r'SkipTest: (.*)', str(e)): raise SkipTest(skipped[1])
-        raise
 
 MARKUP = ('<script>alert(1)</script>', 'costs $1 or $2', '**bold** [link](http://example.org)',
           '<marquee>&lt;up&gt;', '$x_1$ and $$y$$', '\\(z\\) `code` <img src=x onerror=alert(2)>', '\x1b[31mred\x1b[0m')
@@ -127,13 +145,6 @@ def difference(a, b):
     return 0 if a == b else float('inf')
 
 NO_COMPARISONS = '-p', 'comparisons', '[]'   # two trainings fewer, where a run is only compared with another
-
-def without_comparisons(x):
-    "Metrics as of a run that trains nothing to compare with"
-    other = 'linear_head', 'cross_entropy'
-    def is_other(v): return isinstance(v, dict) and v.get('method') in other
-    if isinstance(x, list): return [without_comparisons(v) for v in x if not is_other(v)]
-    return {k: without_comparisons(v) for k, v in x.items() if k not in other} if isinstance(x, dict) else x
 
 def read_metrics(run):
     "Metrics of a run folder, without what it cost: no two runs take the same time"

@@ -10,17 +10,7 @@ from urllib.parse import quote
 
 import psutil
 import pytest
-from project import (
-    NO_COMPARISONS,
-    bin,
-    call,
-    difference,
-    execute,
-    read_metrics,
-    start,
-    wait_for_checkpoint,
-    without_comparisons,
-)
+from project import bin, call, difference, execute, read_metrics, start, wait_for_checkpoint
 
 pytestmark = pytest.mark.xdist_group('run')
 TINY = bin/'corrnb', 'run', '--profile', 'tiny'
@@ -45,6 +35,7 @@ def test_run_leaves_everything_and_is_not_repeated(tiny):
               *(f'model/{f}' for f in ('adapter_config.json', 'adapter_model.safetensors', 'metrics.json'))]
     missing = [name for name in wanted if not (tiny.run/name).exists()]
     assert not missing, f"not in the run folder: {', '.join(missing)}"
+    assert not list(tiny.run.glob('checkpoints/*/complete.json')), 'a finished run has kept its checkpoints'
     assert tiny.seconds < limit, f'took {tiny.seconds:.0f} s, more than {limit:.0f} s'
     assert call(*TINY, '--runs-dir', tiny.runs).count('unchanged, skipped') == 4, 'the second run did something'
 
@@ -90,39 +81,31 @@ def test_report(tiny):
         assert fault in ' '.join(report_faults(page.replace(old, new), tiny.metrics)), fault
 
 @pytest.mark.seconds(60)
-def test_killed_and_continued(tiny, tmp_path):
-    "Afresh, killed in its training and continued, a run gives the same metrics, also in one process a notebook"
-    runs = shutil.copytree(tiny.runs, tmp_path/'runs')
-    run = runs/tiny.run.name
-    assert not list(run.glob('checkpoints/*/complete.json')), 'a finished run has kept its checkpoints'
-    process = start(*TINY, '--runs-dir', runs, '--fresh')
-    wait_for_checkpoint(run, process)
-    kernels = process.children(recursive=True)
-    process.kill()
-    process.wait()
-    left = psutil.wait_procs(kernels, timeout=3)[1]   # a kernel looks for its parent every second
-    assert kernels and not left, 'the kernel of a killed run has not ended'
-    output = call(*TINY, '--runs-dir', runs, more_env={'ONE_KERNEL': 'false'})
-    assert output.count('unchanged, skipped') == 2, f'the killed run did not go on with its training:\n{output}'
-    gap = difference(tiny.metrics, read_metrics(run))
-    assert gap <= 1e-6, f'the same seed, killed and continued, gave other metrics, by {gap:.2g}'
-
-@pytest.mark.seconds(40)
-def test_from_postgres(tiny, tmp_path):
-    "The same run from a PostgreSQL table gives the same metrics and writes the password nowhere"
+def test_from_postgres_killed_and_continued(tiny, tmp_path):
+    "From PostgreSQL, killed in its training, continued in a process a notebook: metrics of the demo, no password left"
     from corrnb import testing
     from corrnb.demo import write_demo
     from corrnb.schema import make_engine
     with testing.test_server() as server:
         url = server.new_database()
-        write_demo(make_engine(url))
-        call(*TINY, *NO_COMPARISONS, '-p', 'pairs', 'database', '--runs-dir', tmp_path, more_env={'DATABASE_URL': url})
-        password = make_engine(url).url.password
+        write_demo(engine := make_engine(url))
+        password = engine.url.password
+        command = *TINY, '-p', 'pairs', 'database', '--name', 'run', '--runs-dir', tmp_path
+        given = {'DATABASE_URL': url}
+        process = start(*command, more_env=given)
+        wait_for_checkpoint(tmp_path/'run', process)
+        kernels = process.children(recursive=True)
+        process.kill()
+        process.wait()
+        left = psutil.wait_procs(kernels, timeout=3)[1]   # a kernel looks for its parent every second
+        assert kernels and not left, 'the kernel of a killed run has not ended'
+        output = call(*command, more_env=given | {'ONE_KERNEL': 'false'})
+    assert output.count('unchanged, skipped') == 1, f'only the table is read again:\n{output}'
     secrets = [s.encode() for s in (password, quote(password), url)]
     leaks = [p.name for p in tmp_path.rglob('*') if p.is_file() and any(s in p.read_bytes() for s in secrets)]
     assert not leaks, f"the password is in {', '.join(leaks)}"
     only_demo = {'truth', 'truth_intervals', 'demo_version'}  # a table knows no true correlations
-    both = without_comparisons(tiny.metrics), read_metrics(next(tmp_path.glob('*/metrics.json')).parent)
+    both = tiny.metrics, read_metrics(tmp_path/'run')
     gap = difference(*({k: v for k, v in m.items() if k not in only_demo} for m in both))
     assert gap <= 1e-6, f'the metrics differ from those of the demo, by {gap:.2g}'
 

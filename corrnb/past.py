@@ -224,6 +224,8 @@ def _fit_update(log_probs, known: Known, y, share, noise: float) -> dict:
 
 WIDER = .3   # scale of the prior of each number of the spread, half a normal distribution
 
+LEAST = log(1e-6)   # of a cell: no single row decides
+
 def _fit_spread(log_probs, known: Known, y, share) -> dict:
     "The numbers of `SPREAD` with the highest likelihood of the labels; none makes a result narrower"
     cell = (y*100).round().long() + 100
@@ -233,8 +235,6 @@ def _fit_spread(log_probs, known: Known, y, share) -> dict:
         return .5*(t/WIDER).square().sum() - (share*found.gather(1, cell[:, None])[:, 0].clamp_min(LEAST)).sum()
 
     return dict(zip(SPREAD, _lowest(loss, [0.]*len(SPREAD), [(0, 3*WIDER)]*len(SPREAD))))
-
-LEAST = log(1e-6)   # of a cell: no single row decides
 
 def fit_past(
     rows: pd.DataFrame,             # n known rows, as often as they were asked, with what was known of them then
