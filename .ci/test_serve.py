@@ -56,7 +56,7 @@ def wait_for_queue(client, n):
     end = time.time() + 30
     while number(client, 'corrnb_queue_length') < n: assert time.time() < end, 'the questions did not arrive'
 
-PAIRS = 250   # different ones of a thousand questions: applications ask about the same contracts again
+PAIRS = 125   # different ones of a thousand questions: applications ask about the same contracts again
 
 def number(client, name):
     "A number that the server counts"
