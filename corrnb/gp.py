@@ -295,7 +295,7 @@ class PairGP:
             mean[i] = k @ torch.tensor(self.weights).float()
             own = own_variance(self.scales, pair, u, x) + nugget(self.scales, x)
             explained = strmm(1, self.root, k.numpy().T, lower=1, trans_a=1, overwrite_b=1)   # half of the work of `@`
-            variance[i] = own - (explained**2).sum(0)
+            variance[i] = own.numpy() - (explained**2).sum(0)
         return mean, variance.clip(1e-6)
 
     def distribution(

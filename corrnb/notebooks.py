@@ -11,6 +11,7 @@ __all__ = ['STAGES', 'PLACES', 'TRACKED', 'WIDGET', 'LOG', 'REPORTS', 'PAGE_OF',
 
 # %% ../nbs/36_notebooks.ipynb #7aaeb4c7
 import ast
+import atexit
 import ctypes
 import gc
 import html
@@ -499,6 +500,11 @@ def _log_bars():
             logging.getLogger('corrnb').info('%s %d of %d', what, self.n, self.total)
     tqdm.auto.tqdm = LoggedBar
 
+def _end_in_order():
+    "When this process ends, its control thread ends first: later it would wait for a thread that is gone"
+    thread = getattr(getattr(get_ipython(), 'kernel', None), 'control_thread', None)
+    if thread: atexit.register(thread.join, timeout=1)
+
 def begin_process(
     room: str = ''   # that the notebooks will import, with all that it imports
 ):
@@ -506,6 +512,7 @@ def begin_process(
     if _at_start: return
     _at_start.update(environ=dict(os.environ), folder=os.getcwd(), path=[*sys.path])
     _log_bars()    # before any module takes the other ones
+    _end_in_order()
     gc.disable()   # thousands of modules are made, and none is garbage
     with suppress(Exception):   # the notebook that imports it says what is wrong
         if room: import_module(f'corrnb.{room}')
