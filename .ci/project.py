@@ -33,8 +33,9 @@ def call(*args, cwd=root, env=env, more_env={}):
     return done.stdout
 
 LIBRARIES = ('torch', 'transformers.trainer', 'transformers.models.llama.modeling_llama', 'peft', 'datasets', 'faiss',
-             'numba', 'sklearn.model_selection', 'sklearn.feature_extraction.text', 'scipy.stats', 'matplotlib.pyplot',
-             'pandas', 'pyarrow.parquet', 'sqlalchemy', 'papermill', 'IPython', 'nbdev.test')
+             'numba', 'sklearn.covariance', 'sklearn.feature_extraction.text', 'sklearn.model_selection', 'scipy.stats',
+             'matplotlib.pyplot', 'pandas', 'pyarrow.parquet', 'sqlalchemy.orm', 'sqlalchemy.dialects.sqlite',
+             'pydantic_settings', 'papermill', 'IPython', 'nbdev.test')
 
 def _forked(run, log, *args):
     "In a process of its own: run a function whose output goes into a file"

@@ -1,4 +1,4 @@
-"A run that travels: moved, without its cache, with titles full of markup, on a base model that is a folder"
+"A run that travels: moved, without its cache, with titles full of markup and trackers' files, its base model a folder"
 import re
 import shutil
 import sys
@@ -10,6 +10,7 @@ import pytest
 from project import MARKUP, bin, call, markup_rows, root
 
 pytestmark = pytest.mark.xdist_group('travel')
+TRACKERS = 'tensorboard', 'mlflow'
 
 
 class Rendered(HTMLParser):
@@ -46,7 +47,7 @@ def travelled(tmp_path_factory):
     tokenizer = load_tokenizer('tiny')
     for save in (tokenizer, tiny_model(len(tokenizer))): save.save_pretrained(work/'base')
     markup_rows(work/'rows.csv')
-    given = '-p', 'model_name', work/'base', '-p', 'comparisons', '', '-p', 'report_to', 'tensorboard,mlflow'
+    given = '-p', 'model_name', work/'base', '-p', 'comparisons', '', '-p', 'report_to', ','.join(TRACKERS)
     given = *given, '--pairs', work/'rows.csv', '--name', 'first'
     call(bin/'corrnb', 'run', '--profile', 'tiny', *given, '--runs-dir', work/'runs', cwd=here)
     shutil.move(work, there/'moved')
@@ -59,6 +60,11 @@ def test_no_place_of_the_machine(travelled):
     here, moved = travelled
     places = here, here.parent, Path.home(), root, sys.prefix
     assert not holding(moved/'runs', *map(str, places))
+
+@pytest.mark.parametrize('tracker', TRACKERS)
+def test_training_reports(travelled, tracker):
+    "Training reports to TensorBoard and MLflow, into the run folder"
+    assert list((travelled[1]/'runs'/'renamed').glob(f'{tracker}*')), f'no log of {tracker}'
 
 def test_weights_are_loaded_once(travelled):
     "Index, training and evaluation share the weights of the base model, which are read once"
